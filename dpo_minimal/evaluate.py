@@ -1,0 +1,167 @@
+"""What tuning changed: held-out rewards, KL to the reference, true scores, win rate, samples."""
+
+import json
+import math
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+from dpo_minimal import forum
+from dpo_minimal.data import answer_rows, batch_order, format_prompt, pair_batch
+from dpo_minimal.generate import sample_answers
+from dpo_minimal.lora import active_adapters
+from dpo_minimal.loss import dpo_loss, reward_metrics, sequence_logps
+
+
+@torch.no_grad()
+def pair_logps(model, pairs, order, device) -> torch.Tensor:
+    """log pi of both answers of each pair, float32 [n, 2]: chosen, rejected. NaN if not in order.
+
+    order: lists of indices, one a forward pass. Dropout is off and the random state stays.
+    """
+    logps = torch.full((len(pairs), 2), torch.nan)
+    training = model.training
+    model.eval()
+    for indices in order:
+        batch = pair_batch(pairs, indices, device)
+        rows = sequence_logps(model, batch.tokens, batch.loss_mask)  # [2 * len(indices)]
+        logps[indices] = rows.view(2, -1).T.cpu()
+    model.train(training)
+    return logps
+
+
+def pair_lengths(pairs) -> list[int]:
+    """Tokens of each pair's longer row, by which batches are formed."""
+    return [len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in pairs]
+
+
+def one_epoch(pairs, batch_size: int, seed: int = 0) -> list[list[int]]:
+    """The batches of the first epoch."""
+    order = batch_order(pair_lengths(pairs), batch_size, seed)
+    return [next(order) for _ in range(math.ceil(len(pairs) / batch_size))]
+
+
+def preference_metrics(policy, reference, **options) -> dict[str, float]:
+    """Mean DPO loss and reward metrics of pairs, from log-probabilities [n, 2] of both models."""
+    losses, chosen, rejected = dpo_loss(*policy.T, *reference.T, **options)
+    metrics = {"loss": losses} | reward_metrics(*policy.T, chosen, rejected)
+    return {name: float(values.mean()) for name, values in metrics.items()}
+
+
+@torch.no_grad()
+def kl_estimate(model, reference, prompts, answers, device, batch_size=16) -> float:
+    """KL(policy || reference) in nats an answer: the mean of log pi - log ref over pi's samples.
+
+    The policy is the model as it is, the reference the one with only the adapters `reference`.
+    prompts, answers: token ids, the answers sampled from the policy at temperature 1.
+    """
+    ratios = []
+    for at in range(0, len(prompts), batch_size):
+        span = slice(at, at + batch_size)
+        rows = answer_rows(list(zip(prompts[span], answers[span], strict=True)), device)
+        log_pi = sequence_logps(model, *rows)
+        with active_adapters(model, reference):
+            log_ref = sequence_logps(model, *rows)
+        ratios += (log_pi - log_ref).tolist()
+    return mean(ratios)
+
+
+def judge_answers(questions, answers) -> dict[str, float]:
+    """The forum judge's means over answers, as text."""
+    grades = [forum.grade(*pair) for pair in zip(questions, answers, strict=True)]
+    return {
+        "true_score": mean(map(forum.judge, questions, answers)),
+        "share_right": mean(grade.right for grade in grades),
+        "share_polite": mean(grade.polite for grade in grades),
+    }
+
+
+def win_rate(questions, ours, theirs) -> float:
+    """The share of questions where the judge prefers our answer; a tie is half a win."""
+    scores = zip(
+        map(forum.judge, questions, ours), map(forum.judge, questions, theirs), strict=True
+    )
+    return mean(0.5 * ((a > b) + (a >= b)) for a, b in scores)
+
+
+def vote_bound(pairs) -> float:
+    """The accuracy of the truth itself on noisy votes: the mean of sigmoid(|score difference|)."""
+    gaps = [forum.judge(p.prompt, p.chosen) - forum.judge(p.prompt, p.rejected) for p in pairs]
+    return mean(1 / (1 + math.exp(-abs(gap))) for gap in gaps)
+
+
+VARIANTS = {"base": [], "SFT": ["sft"], "DPO": ["dpo"]}  # name: active adapters
+
+
+def compare(model, tokenizer, questions, device, max_new_tokens, seed, judged, log=print):
+    """Ask base, SFT and DPO the same questions.
+
+    Returns ({variant: metrics}, {variant: greedy answers to the first 8 questions}). `judged`: the
+    questions are the forum's, so every sampled answer has a true score.
+    """
+    table, greedy, sampled = {}, {}, {}
+    prompts = [tokenizer.encode(format_prompt(question), bos=True) for question in questions]
+    for name, adapters in VARIANTS.items():
+        log(f"evaluate  {name} answers {len(questions)} held-out questions")
+        with active_adapters(model, adapters):
+            ids = sample_answers(model, tokenizer, questions, max_new_tokens, seed=seed)
+            first = sample_answers(model, tokenizer, questions[:8], max_new_tokens, temperature=0)
+            kl = kl_estimate(model, ["sft"], prompts, ids, device)
+        sampled[name] = [tokenizer.decode(answer).strip() for answer in ids]
+        greedy[name] = [tokenizer.decode(answer).strip() for answer in first]
+        table[name] = {"kl_to_sft": kl}
+        if judged:
+            table[name] |= judge_answers(questions, sampled[name])
+    if judged:
+        rate = win_rate(questions, sampled["DPO"], sampled["SFT"])
+        table["DPO"]["win_rate_against_sft"] = rate
+    return table, greedy
+
+
+COLUMNS = {
+    "true_score": ("true score", "{:+.2f}"),
+    "share_right": ("right", "{:.0%}"),
+    "share_polite": ("polite", "{:.0%}"),
+    "win_rate_against_sft": ("wins against SFT", "{:.0%}"),
+    "kl_to_sft": ("KL to SFT", "{:.2f}"),
+}
+
+
+def format_table(table: dict) -> str:
+    """The variants' metrics as a Markdown table."""
+    present = [name for name in COLUMNS if any(name in row for row in table.values())]
+    lines = ["| model | " + " | ".join(COLUMNS[name][0] for name in present) + " |"]
+    lines.append("|---" * (len(present) + 1) + "|")
+    for variant, row in table.items():
+        cells = ["-" if row.get(n) is None else COLUMNS[n][1].format(row[n]) for n in present]
+        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def format_samples(questions, greedy: dict) -> str:
+    """Questions with every variant's greedy answer, as Markdown."""
+    blocks = []
+    for i, question in enumerate(questions[: len(next(iter(greedy.values())))]):
+        answers = "\n".join(f"- **{name}**: {answers[i]}" for name, answers in greedy.items())
+        blocks.append(f"### {question}\n\n{answers}\n")
+    return "\n".join(blocks)
+
+
+def last_evaluation(path) -> dict[str, float]:
+    """The metrics of the last evaluation on held-out pairs in a metrics.jsonl."""
+    rows = map(json.loads, Path(path).read_text("utf-8").splitlines())
+    last = [row for row in rows if "eval_loss" in row][-1]
+    return {name: value for name, value in last.items() if name.startswith("eval_")}
+
+
+def format_summary(table, held_out, bound, questions, greedy) -> str:
+    """What a run prints at its end: the table, the held-out accuracy, three questions answered."""
+    accuracy = (
+        f"implicit-reward accuracy on held-out pairs {held_out['eval_rewards/accuracies']:.3f}"
+    )
+    if bound is not None:
+        accuracy += f" (the truth itself agrees with {bound:.3f} of the noisy votes)"
+    margin = f"margin {held_out['eval_rewards/margins']:+.3f}, loss {held_out['eval_loss']:.4f}"
+    three = {name: answers[:3] for name, answers in greedy.items()}
+    return f"\n{format_table(table)}\n\n{accuracy}, {margin}\n\n{format_samples(questions, three)}"

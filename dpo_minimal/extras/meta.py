@@ -1,0 +1,113 @@
+"""Meta's own layout of a Llama: params.json and consolidated.*.pth, translated as it is read."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from dpo_minimal import InputError
+from dpo_minimal.llama import LlamaConfig
+
+NAMES = {
+    "tok_embeddings": "model.embed_tokens",
+    "norm": "model.norm",
+    "output": "lm_head",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+SPLIT_BY_COLUMN = ("attention.wo", "feed_forward.w2")  # over the files of 13B, 70B; norms are whole
+
+
+class MetaTensor:
+    """One tensor of a Meta checkpoint: its slices in all files, joined and permuted when read."""
+
+    def __init__(self, slices: list[torch.Tensor], axis: int | None, heads: int | None):
+        self.slices, self.axis, self.heads = slices, axis, heads
+        self.shape = tuple(slices[0].shape)
+        if axis is not None:
+            sizes = [part.shape[axis] for part in slices]
+            self.shape = (*self.shape[:axis], sum(sizes), *self.shape[axis + 1 :])
+
+    def read(self) -> torch.Tensor:
+        """The tensor in the Hugging Face layout."""
+        tensor = self.slices[0] if self.axis is None else torch.cat(self.slices, dim=self.axis)
+        return tensor if self.heads is None else to_half_split(tensor, self.heads)
+
+
+def to_half_split(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Reorder a q or k projection [heads * K, D] from interleaved rotary planes to half-split.
+
+    Meta turns the rows (0, 1), (2, 3), ... of a head together; Hugging Face and this project turn
+    (0, K/2), (1, K/2 + 1), ...: even rows first, then odd ones.
+    """
+    out, size = weight.shape
+    return weight.view(heads, out // heads // 2, 2, size).transpose(1, 2).reshape(out, size)
+
+
+def open_meta_folder(folder) -> tuple[LlamaConfig, dict]:
+    """(config, {Hugging Face name: MetaTensor}) of a folder with params.json."""
+    folder = Path(folder)
+    files = sorted(folder.glob("consolidated.*.pth"))
+    if not files:
+        raise InputError(f"{folder}: params.json, but no consolidated.00.pth beside it")
+    try:
+        params = json.loads((folder / "params.json").read_text("utf-8"))
+        shards = [torch.load(f, map_location="cpu", weights_only=True, mmap=True) for f in files]
+    except Exception as error:  # unpickling fails in many ways
+        raise InputError(
+            f"{folder}: not a Meta checkpoint ({str(error).splitlines()[0]})"
+        ) from None
+    heads = params["n_heads"]
+    groups = params.get("n_kv_heads") or heads
+    tensors = {}
+    for name in shards[0]:
+        if name == "rope.freqs":
+            continue
+        path = name.removesuffix(".weight").split(".")
+        layer, part = (path[1], ".".join(path[2:])) if path[0] == "layers" else (None, path[0])
+        if part not in NAMES:
+            raise InputError(f"{folder}: the tensor {name} is not part of a Llama")
+        target = NAMES[part] if layer is None else f"model.layers.{layer}.{NAMES[part]}"
+        rotated = {"attention.wq": heads, "attention.wk": groups}.get(part)
+        slices = [shard[name] for shard in shards]
+        axis = split_axis(part, slices, params["dim"])
+        tensors[f"{target}.weight"] = MetaTensor(slices, axis, rotated)
+    return read_params(params, tensors), tensors
+
+
+def split_axis(part: str, slices: list[torch.Tensor], width: int) -> int | None:
+    """The axis along which a tensor is cut over the files; None where each file has all of it."""
+    if len(slices) == 1 or slices[0].dim() == 1:
+        return None
+    if part == "tok_embeddings":  # Llama 2 cuts the width, Llama 3 the vocabulary
+        return 0 if slices[0].shape[1] == width else 1
+    return 1 if part in SPLIT_BY_COLUMN else 0
+
+
+def read_params(params: dict, tensors: dict) -> LlamaConfig:
+    """params.json as a config; sizes that it leaves out are read off the tensors."""
+    scaling = None
+    if params.get("use_scaled_rope"):  # Llama 3.1 on; 3.2's small models scale by 32
+        factor = params.get("rope_scaling_factor", 32.0 if params["dim"] < 4096 else 8.0)
+        scaling = dict(rope_type="llama3", factor=factor, low_freq_factor=1.0, high_freq_factor=4.0)
+        scaling["original_max_position_embeddings"] = 8192
+    return LlamaConfig(
+        vocab_size=tensors["model.embed_tokens.weight"].shape[0],
+        hidden_size=params["dim"],
+        intermediate_size=tensors["model.layers.0.mlp.gate_proj.weight"].shape[0],
+        num_hidden_layers=params["n_layers"],
+        num_attention_heads=params["n_heads"],
+        num_key_value_heads=params.get("n_kv_heads"),
+        max_position_embeddings=params.get("max_seq_len", 4096),
+        rms_norm_eps=params["norm_eps"],
+        rope_theta=params.get("rope_theta", 10000.0),
+        rope_scaling=scaling,
+        tie_word_embeddings="lm_head.weight" not in tensors,
+    )

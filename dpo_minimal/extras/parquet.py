@@ -1,0 +1,20 @@
+"""Rows of a parquet file, the form in which the hub serves stack-exchange-paired."""
+
+from dpo_minimal import InputError
+
+
+def read_parquet(path):
+    """Yield (place, row dict) of a parquet file, a batch in memory at a time."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError(f"{path} is parquet: pip install pyarrow to read it") from None
+    try:
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", row
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path}: not a parquet file that can be read ({error})") from None

@@ -1,0 +1,47 @@
+"""Foreign tokenizers: a Hugging Face `tokenizer.json` behind the interface of `Tokenizer`."""
+
+import json
+from pathlib import Path
+
+from dpo_minimal import InputError
+
+
+class JsonTokenizer:
+    """A folder's `tokenizer.json`, with the BOS and EOS that its `tokenizer_config.json` names."""
+
+    def __init__(self, folder):
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise InputError(
+                f"{folder} has only a tokenizer.json: pip install tokenizers to read it"
+            ) from None
+        folder = Path(folder)
+        try:
+            self.model = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the package raises plain Exception
+            raise InputError(f"{folder / 'tokenizer.json'}: {error}") from None
+        # A text that spells <|im_end|> is text; only we place special tokens.
+        self.model.encode_special_tokens = True
+        self.bos_id = self.special_id(folder, "bos_token")
+        self.eos_id = self.special_id(folder, "eos_token")
+        self.vocab_size = self.model.get_vocab_size()
+
+    def special_id(self, folder: Path, name: str) -> int:
+        """The id of `bos_token` or `eos_token`, a string or {"content": string} in the settings."""
+        path = folder / "tokenizer_config.json"
+        token = json.loads(path.read_text("utf-8")).get(name) if path.exists() else None
+        text = token["content"] if isinstance(token, dict) else token
+        number = self.model.token_to_id(text) if text else None
+        if number is None:
+            raise InputError(f"{path}: no {name} that the tokenizer.json knows")
+        return number
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        """Token ids of a text, with one BOS in front and one EOS behind if asked for."""
+        ids = self.model.encode(text, add_special_tokens=False).ids
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids, special tokens left out."""
+        return self.model.decode(ids, skip_special_tokens=True)

@@ -1,0 +1,140 @@
+"""Sampling with a key/value cache, and its command line.
+
+    python -m dpo_minimal.generate --model DIR [--adapter DIR] --prompt TEXT
+
+Without --prompt it converses: each line is a new question.
+"""
+
+import argparse
+
+import torch
+
+from dpo_minimal import run_command
+from dpo_minimal.checkpoint import load_adapter, load_llama
+from dpo_minimal.data import format_prompt, pad
+from dpo_minimal.tokenizer import load_tokenizer
+
+
+def choose(logits, temperature: float, top_p: float, generator):
+    """The next token of each row, int64 [B], from logits float32 [B, V] on the CPU.
+
+    temperature 0 takes the likeliest. top_p keeps the fewest likeliest tokens whose probability
+    reaches top_p (Holtzman et al. 2019, arXiv:1904.09751).
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probabilities = (logits / temperature).softmax(dim=-1)
+    if top_p < 1:
+        ranked, ids = probabilities.sort(dim=-1, descending=True)
+        before = ranked.cumsum(dim=-1) - ranked  # [B, V]
+        ranked[before >= top_p] = 0
+        probabilities = torch.zeros_like(probabilities).scatter(-1, ids, ranked)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+@torch.no_grad()
+def sample(
+    model, rows: list[list[int]], max_new_tokens: int, eos_id: int, temperature, top_p, generator
+) -> list[list[int]]:
+    """Continue token rows; each continuation ends in its EOS or after max_new_tokens.
+
+    The rows are padded on the right and read once; then each call computes one token a row against
+    the cached keys and values, at positions of the row's own, with the pads masked out.
+    """
+    device = model.lm_head.weight.device
+    cache = [{} for _ in range(model.config.num_hidden_layers)]
+    lengths = torch.tensor([len(row) for row in rows], device=device)  # [B]
+    tokens = pad(rows, 0, torch.int64, device)  # [B, T]
+    seen = torch.arange(tokens.shape[1], device=device) < lengths[:, None]  # [B, T]
+    hidden = model.hidden(tokens, cache=cache)  # [B, T, D]
+    hidden = hidden[torch.arange(len(rows), device=device), lengths - 1]  # [B, D]
+    answers = [[] for _ in rows]
+    unfinished = set(range(len(rows)))
+    room = model.config.max_position_embeddings - tokens.shape[1]
+    for step in range(min(max_new_tokens, room)):
+        logits = model.lm_head(hidden).float().cpu()  # [B, V]
+        chosen = choose(logits, temperature, top_p, generator)  # [B]
+        for i in unfinished:
+            answers[i].append(int(chosen[i]))
+        unfinished = {i for i in unfinished if answers[i][-1] != eos_id}
+        if not unfinished:
+            break
+        seen = torch.cat((seen, seen.new_ones(len(rows), 1)), dim=1)  # [B, T + step + 1]
+        positions = (lengths + step)[:, None]  # [B, 1]
+        tokens = chosen[:, None].to(device)  # [B, 1]
+        hidden = model.hidden(tokens, positions, seen[:, None, None, :], cache)[:, -1]  # [B, D]
+    return answers
+
+
+def sample_answers(
+    model, tokenizer, prompts, max_new_tokens, temperature=1.0, top_p=1.0, seed=None
+) -> list[list[int]]:
+    """Token ids of an answer to each question, 64 questions at a time. The model's mode is kept."""
+    generator = torch.Generator()
+    generator.seed() if seed is None else generator.manual_seed(seed)
+    rows = [tokenizer.encode(format_prompt(prompt), bos=True) for prompt in prompts]
+    training = model.training
+    model.eval()
+    answers = []
+    for at in range(0, len(rows), 64):
+        some = rows[at : at + 64]
+        eos = tokenizer.eos_id
+        answers += sample(model, some, max_new_tokens, eos, temperature, top_p, generator)
+    model.train(training)
+    return answers
+
+
+def generate(
+    model, tokenizer, prompt: str, max_new_tokens: int, temperature=1.0, top_p=1.0, seed=None
+) -> str:
+    """An answer to one question, the text after "Answer:". Greedy at temperature 0."""
+    ids = sample_answers(model, tokenizer, [prompt], max_new_tokens, temperature, top_p, seed)[0]
+    return tokenizer.decode(ids).strip()
+
+
+def main():
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Ask a model.")
+    parser.add_argument("--model", required=True, help="model folder, Hugging Face or Meta layout")
+    parser.add_argument("--adapter", help="adapter folder, such as runs/forum/dpo")
+    parser.add_argument("--prompt", help="the question; without it, read questions line by line")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest answer")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--no-quantize", action="store_true", help="do not quantize under an adapter"
+    )
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    # An adapter belongs on the 4-bit base that it was trained over; a merged folder has none.
+    quantize = "nf4" if args.adapter and not args.no_quantize else None
+    model = load_llama(args.model, device, dtype, quantize)
+    if args.adapter:
+        load_adapter(model, args.adapter, "adapter")
+    tokenizer = load_tokenizer(args.model)
+
+    def answer(question):
+        return generate(
+            model, tokenizer, question, args.max_new_tokens, args.temperature, args.top_p, args.seed
+        )
+
+    if args.prompt is not None:
+        print(answer(args.prompt))
+        return
+    print("Ask a question; an empty line or Ctrl-D ends.")
+    while question := read_line():
+        print(answer(question))
+
+
+def read_line() -> str:
+    """A line from the terminal, empty at its end."""
+    try:
+        return input("> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        return ""
+
+
+if __name__ == "__main__":
+    run_command(main)

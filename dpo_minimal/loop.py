@@ -1,0 +1,164 @@
+"""The one plain training loop: pretraining, SFT and DPO differ only in the batches and the loss.
+
+AdamW, linear warmup and cosine decay, gradient accumulation, clipping, evaluation, a log, and
+states that an interrupted run goes on from, bit for bit. Read `train` from top to bottom.
+"""
+
+import itertools
+import json
+import math
+import resource
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dpo_minimal.checkpoint import load_state, save_state
+from dpo_minimal.files import whole_file
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one stage trains. A step is grad_accum forward passes of batch_size rows or pairs."""
+
+    learning_rate: float
+    batch_size: int
+    grad_accum: int = 1
+    epochs: float = 1.0
+    max_steps: int | None = None  # None: as many as `epochs` take
+    warmup_steps: int | None = None  # None: a tenth of all steps
+    weight_decay: float = 0.05
+    max_grad_norm: float = 1.0
+    eval_every: int = 0  # 0: not during training
+    save_every: int = 0
+    seed: int = 0
+
+
+def count_steps(settings: Settings, num_examples: int) -> int:
+    """Optimizer steps of a stage."""
+    batches = math.ceil(num_examples / settings.batch_size)
+    steps = math.ceil(settings.epochs * batches / settings.grad_accum)
+    return steps if settings.max_steps is None else min(steps, settings.max_steps)
+
+
+def learning_rate(step: int, steps: int, settings: Settings) -> float:
+    """The rate of step 0, 1, ...: a linear rise over the warmup, then half a cosine down to 0."""
+    warmup = settings.warmup_steps if settings.warmup_steps is not None else steps // 10
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def train(model, objective, order, collate, steps, settings, log, state_path, evaluate=None):
+    """Train the model's trainable parameters for `steps` steps.
+
+    objective(model, batch) -> (losses [n], metrics {name: [n]}), n = batch.count: one value a pair
+    or scored token. order: an endless iterator of index lists; collate(indices) makes a Batch.
+    evaluate(model) -> metrics. log: a Log. state_path: where the state is kept; training goes on
+    from it if it is there.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=settings.weight_decay)
+    first_step, num_tokens = 0, 0
+    if state_path.exists():
+        progress = load_state(state_path, model, optimizer)
+        first_step, num_tokens = progress["step"], progress["num_tokens"]
+    log.rewind(first_step)
+    order = itertools.islice(order, first_step * settings.grad_accum, None)
+    model.train()
+    for step in range(first_step, steps):
+        if evaluate and settings.eval_every and step % settings.eval_every == 0:
+            log.write(step, prefix="eval_", **evaluate(model))
+        started = time.perf_counter()
+        rate = learning_rate(step, steps, settings)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+        batches = [collate(next(order)) for _ in range(settings.grad_accum)]
+        count = sum(batch.count for batch in batches)  # so that 4 batches of 1 are 1 batch of 4
+        sums = Counter()
+        for batch in batches:
+            losses, metrics = objective(model, batch)
+            (losses.sum() / count).backward()
+            for name, values in {"loss": losses, **metrics}.items():
+                sums[name] += values.detach().sum()
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        tokens = sum(batch.num_tokens for batch in batches)
+        num_tokens += tokens
+        means = {name: float(total) / count for name, total in sums.items()}  # waits for the GPU
+        seconds = time.perf_counter() - started
+        log.write(
+            step,
+            **means,
+            grad_norm=float(grad_norm),
+            learning_rate=rate,
+            num_tokens=num_tokens,
+            epoch=round((step + 1) * settings.epochs / steps, 4),
+            tokens_per_second=round(tokens / seconds, 1),
+        )
+        if settings.save_every and (step + 1) % settings.save_every == 0:
+            save_state(state_path, model, optimizer, step=step + 1, num_tokens=num_tokens)
+    if evaluate:
+        log.write(steps, prefix="eval_", **evaluate(model))
+
+
+def peak_memory_gb() -> float:
+    """The most memory held so far: the GPU's where one is used, else the process's."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+class Log:
+    """A stage's lines in metrics.jsonl, and its progress on the screen every two seconds."""
+
+    def __init__(self, path, stage: str, steps: int):
+        self.path, self.stage, self.steps = Path(path), stage, steps
+        self.started = self.shown = None
+
+    def rewind(self, step: int):
+        """Forget lines of this stage from `step` on: an interrupted run writes them again."""
+        lines = self.path.read_text("utf-8").splitlines() if self.path.exists() else []
+        rows = [(json.loads(line), line) for line in lines if line.endswith("}")]
+        kept = [line for row, line in rows if row["stage"] != self.stage or row["step"] < step]
+        with whole_file(self.path) as file:
+            file.write("".join(f"{line}\n" for line in kept).encode())
+        self.started, self.first_step = time.perf_counter(), step
+
+    def write(self, step: int, prefix: str = "", **metrics):
+        """Append a line; `prefix` marks the metrics of an evaluation."""
+        row = {"stage": self.stage, "step": step}
+        row |= {prefix + name: value for name, value in metrics.items()}
+        row["peak_memory_gb"] = round(peak_memory_gb(), 3)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        now = time.perf_counter()
+        last = step == self.steps - 1
+        if prefix or last or self.shown is None or now - self.shown > 2:
+            self.shown = now
+            self.show(step, row, prefix, now)
+
+    def show(self, step: int, row: dict, prefix: str, now: float):
+        """One line: stage, step of steps, loss, margin, tokens a second, time left."""
+        text = f"{self.stage:9}"
+        text += "held out " if prefix else f"step {step + 1:>4}/{self.steps} "
+        for name, form in (
+            ("loss", ".6f"),
+            ("rewards/margins", "+.3f"),
+            ("rewards/accuracies", ".2f"),
+        ):
+            if prefix + name in row:
+                text += f" {name.split('/')[-1]} {row[prefix + name]:{form}}"
+        if not prefix:
+            done = step + 1 - self.first_step
+            left = (now - self.started) / done * (self.steps - step - 1)
+            text += f"  {row['tokens_per_second']:,.0f} tokens/s  {left:.0f} s left"
+        print(text, flush=True)

@@ -1,0 +1,164 @@
+"""LoRA: low-rank adapters beside frozen linear layers. Add, switch on and off, merge.
+
+From Hu et al. 2021 (arXiv:2106.09685, eq. 3): y = W x + (alpha / r) B A x. Adapters stack: DPO
+trains a second one on top of SFT's, so its reference is the same model with that one switched off.
+"""
+
+import math
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dpo_minimal import InputError
+from dpo_minimal.nf4 import NF4Linear, dequantize_nf4
+
+
+class Adapter(nn.Module):
+    """One low-rank update, scale * B A, with A [r, in] and B [out, r], float32.
+
+    A is uniform in +-1/sqrt(in), B zero: a new adapter changes nothing, yet dB is not zero. Both
+    stay float32 whatever the layer computes in: AdamW's small steps would round away in 16 bits.
+    """
+
+    def __init__(self, in_features: int, out_features: int, r: int, alpha: float, dropout: float):
+        super().__init__()
+        bound = 1 / math.sqrt(in_features)
+        self.lora_A = nn.Parameter(torch.empty(r, in_features).uniform_(-bound, bound))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, r))
+        self.scale, self.dropout = alpha / r, dropout
+
+    def forward(self, x):  # [..., in] -> [..., out]
+        # Never on a frozen adapter: it is part of the reference, which must not be noisy.
+        if self.training and self.lora_A.requires_grad:
+            x = F.dropout(x, self.dropout)
+        A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        return F.linear(F.linear(x, A), B) * self.scale
+
+    def _apply(self, fn, recurse=True):
+        # model.to(bfloat16) is meant for the base: an adapter follows to a device, or to float64.
+        def move_or_widen(t):
+            moved = fn(t)
+            return moved if moved.dtype.itemsize >= 4 else t.to(moved.device)
+
+        return super()._apply(move_or_widen, recurse)
+
+    def delta(self) -> torch.Tensor:
+        """The update as a full matrix, [out, in] float32."""
+        return self.scale * (self.lora_B @ self.lora_A)
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer, plain or NF4, and its adapters; `active` names those in use."""
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base = base
+        self.adapters = nn.ModuleDict()
+        self.active: tuple[str, ...] = ()
+
+    def forward(self, x):  # [..., in] -> [..., out]
+        y = self.base(x)
+        for name in self.active:
+            y = y + self.adapters[name](x)
+        return y
+
+
+def linear_layers(model: nn.Module):
+    """Yield (parent module, name in it, full name, layer) of each adaptable linear layer, in order.
+
+    The head is not adapted: it is shared with the embedding in some models.
+    """
+    for path, parent in list(model.named_modules()):
+        for name, layer in list(parent.named_children()):
+            kinds = (nn.Linear, NF4Linear, LoRALinear)
+            if (
+                isinstance(layer, kinds)
+                and name != "lm_head"
+                and not isinstance(parent, LoRALinear)
+            ):
+                yield parent, name, f"{path}.{name}" if path else name, layer
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The model's LoRALinear layers by full name, in order."""
+    modules = model.named_modules()
+    return {name: module for name, module in modules if isinstance(module, LoRALinear)}
+
+
+def add_adapter(model: nn.Module, name: str, r=8, alpha=16.0, dropout=0.0, targets="q_proj,v_proj"):
+    """Add a trainable adapter to the layers that `targets` names, in place; freeze everything else.
+
+    targets: last names of linear layers, separated by commas, or full names, or "all" for every
+    linear layer but the head. All adapters of a changed layer become active; one of the same name
+    is replaced. InputError if a target is not in the model.
+    """
+    layers = list(linear_layers(model))
+    wanted = set(targets.split(",")) if targets != "all" else {last for _, last, _, _ in layers}
+    unknown = wanted - {last for _, last, _, _ in layers} - {full for _, _, full, _ in layers}
+    if unknown:
+        have = ", ".join(dict.fromkeys(last for _, last, _, _ in layers))
+        missing = ", ".join(sorted(unknown))
+        raise InputError(f"no linear layer is called {missing}: this model has {have} (or: all)")
+    model.requires_grad_(False)
+    for parent, last, full, layer in layers:
+        if last not in wanted and full not in wanted:
+            continue
+        if not isinstance(layer, LoRALinear):
+            layer = LoRALinear(layer)
+            setattr(parent, last, layer)
+        base = layer.base
+        adapter = Adapter(base.in_features, base.out_features, r, alpha, dropout)
+        layer.adapters[name] = adapter.to(next(iter(base.state_dict().values())).device)
+        layer.active = tuple(layer.adapters)
+
+
+@contextmanager
+def active_adapters(model: nn.Module, names):
+    """Within the context only the named adapters act, where a layer has them: [] is the base.
+
+    `with active_adapters(model, ["sft"])` turns the policy base + sft + dpo into its reference. Run
+    backward inside it too, if at all: gradient checkpointing computes the layers again there.
+    ValueError for a name that no layer has: it would quietly give another model.
+    """
+    layers = lora_layers(model).values()
+    unknown = set(names) - {name for layer in layers for name in layer.adapters}
+    if unknown or isinstance(names, str):
+        raise ValueError(f"active_adapters: names must be a list of adapters' names, not {names!r}")
+    before = [layer.active for layer in layers]
+    for layer in layers:
+        layer.active = tuple(name for name in layer.adapters if name in names)
+    try:
+        yield model
+    finally:
+        for layer, active in zip(layers, before, strict=True):
+            layer.active = active
+
+
+def merged_weight(layer: nn.Module) -> torch.Tensor:
+    """A layer's weight with its active adapters added, [out, in] float32, detached.
+
+    Sums dequantize(W), which the adapters were trained over, and never the original W.
+    """
+    base = layer.base if isinstance(layer, LoRALinear) else layer
+    weight = dequantize_nf4(base.quantized) if isinstance(base, NF4Linear) else base.weight
+    weight = weight.detach().to(torch.float32)
+    for name in getattr(layer, "active", ()):
+        weight = weight + layer.adapters[name].delta().detach()
+    return weight
+
+
+def merge_adapters(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Fold the active adapters into plain linear layers, in place; `dtype`: the head's by default.
+
+    The sum stays in 16 or 32 bits: quantizing it to NF4 again would lose the update.
+    """
+    dtype = dtype or model.lm_head.weight.dtype
+    for parent, last, _, layer in list(linear_layers(model)):
+        if isinstance(layer, LoRALinear):
+            weight = merged_weight(layer).to(dtype)
+            linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+            setattr(parent, last, linear)
+    return model

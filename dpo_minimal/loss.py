@@ -1,0 +1,107 @@
+"""Log-probabilities of responses, the SFT loss, and the DPO loss with its implicit rewards.
+
+Rafailov et al. 2023, "Direct Preference Optimization" (arXiv:2305.18290), eq. 7:
+
+    loss = -log sigmoid(beta * delta)
+    delta = (log pi(y_w|x) - log ref(y_w|x)) - (log pi(y_l|x) - log ref(y_l|x))
+
+log pi(y|x) is a sum over the response's tokens, its EOS included, never over the prompt's.
+Shapes: B rows, T tokens a row, D hidden size, V vocabulary, N scored tokens of all rows together.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from dpo_minimal.llama import at_least_float32
+
+CHUNK = 1024  # scored tokens a head call: 1,024 x 32,000 float32 logits are 131 MB
+KINDS = ("sigmoid", "ipo", "hinge")
+
+
+def chunk_logps(hidden, head, targets):
+    """log softmax(head(hidden))[target], [N]; hidden [N, D], targets int64 [N]."""
+    logits = head(hidden)  # [N, V]
+    logits = logits.to(at_least_float32(logits))  # a 16-bit log-softmax drifts
+    return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=1)
+
+
+def token_logps(model, tokens, loss_mask, positions=None, mask=None):
+    """The log-probability of each scored token: float32 [N], row after row.
+
+    tokens int64 [B, T]; loss_mask bool [B, T], True at tokens to score (never the first of a row).
+    The head runs on scored positions only, in chunks that backward recomputes: the [N, V] logits
+    never exist at once. positions and mask are handed to `Llama.hidden`.
+    """
+    hidden = model.hidden(tokens, positions, mask)  # [B, T, D]
+    # The state at position t predicts the token at t + 1.
+    hidden = hidden[:, :-1][loss_mask[:, 1:]]  # [N, D]
+    targets = tokens[:, 1:][loss_mask[:, 1:]]  # [N]
+    chunks = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+    parts = [checkpoint(chunk_logps, h, model.lm_head, t, use_reentrant=False) for h, t in chunks]
+    return torch.cat(parts)
+
+
+def sequence_logps(model, tokens, loss_mask):
+    """log pi(y|x) of each row: the SUM over its scored tokens, float32 [B]. See `token_logps`."""
+    logps = token_logps(model, tokens, loss_mask)  # [N]
+    grid = logps.new_zeros(loss_mask.shape).masked_scatter(loss_mask, logps)  # [B, T]
+    return grid.sum(dim=1)
+
+
+def sft_loss(model, tokens, loss_mask, positions=None, mask=None):
+    """-log pi of each scored token, float32 [N]: averaged over tokens, the loss of SFT."""
+    return -token_logps(model, tokens, loss_mask, positions, mask)
+
+
+def dpo_loss(
+    policy_chosen_logps,
+    policy_rejected_logps,
+    ref_chosen_logps,
+    ref_rejected_logps,
+    beta: float,
+    label_smoothing: float = 0.0,
+    kind: str = "sigmoid",
+):
+    """DPO's loss and implicit rewards from summed log-probabilities, all [B].
+
+    Returns (losses [B], chosen_rewards [B], rejected_rewards [B]); rewards are
+    beta * (log pi - log ref), in nats, and carry no gradient. Kinds:
+      sigmoid  -log sigmoid(beta * delta); with label_smoothing e the conservative DPO of Mitchell
+               2023, (1 - e) times that + e * -log sigmoid(-beta * delta)
+      ipo      (delta - 1 / (2 beta))^2 on sums, not per-token means (Azar et al. 2023, eq. 17)
+      hinge    max(0, 1 - beta * delta) (SLiC, Zhao et al. 2023)
+    ValueError for another kind, or for label smoothing with ipo or hinge.
+    """
+    if kind not in KINDS or (label_smoothing and kind != "sigmoid"):
+        raise ValueError(f"no DPO loss of kind {kind!r} with label smoothing {label_smoothing}")
+    chosen_logratios = policy_chosen_logps - ref_chosen_logps
+    rejected_logratios = policy_rejected_logps - ref_rejected_logps
+    delta = chosen_logratios - rejected_logratios
+    if kind == "sigmoid":
+        losses = -F.logsigmoid(beta * delta) * (1 - label_smoothing)
+        losses = losses - F.logsigmoid(-beta * delta) * label_smoothing
+    elif kind == "ipo":
+        losses = (delta - 1 / (2 * beta)) ** 2
+    else:
+        losses = torch.relu(1 - beta * delta)
+    return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
+
+
+def reward_metrics(
+    policy_chosen_logps, policy_rejected_logps, chosen_rewards, rejected_rewards
+) -> dict[str, torch.Tensor]:
+    """TRL's reward metrics for each pair, {name: [B]}, detached; their means are what is logged.
+
+    Accuracy asks for strictly greater, so it is 0 where policy = reference; ties are told apart.
+    """
+    margins = chosen_rewards - rejected_rewards
+    return {
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "rewards/accuracies": (margins > 0).float(),
+        "rewards/ties": (margins == 0).float(),
+        "rewards/margins": margins,
+        "logps/chosen": policy_chosen_logps.detach(),
+        "logps/rejected": policy_rejected_logps.detach(),
+    }

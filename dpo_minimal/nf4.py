@@ -1,0 +1,207 @@
+"""NF4: weights in 4 bits. The code, blockwise and double quantization, the 4-bit linear layer.
+
+From QLoRA (Dettmers et al. 2023, arXiv:2305.14314, section 3), bit for bit as in bitsandbytes.
+A weight is cut into blocks of 64; each block is divided by its largest magnitude (absmax), and each
+quotient becomes the index of the nearest of 16 codes. Two indices share a byte. Double quantization
+then stores each float32 absmax in 8 bits, in blocks of 256: 4.127 bits a weight in all.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ABSMAX_BLOCK = 256  # absmax values that share one scale in double quantization
+
+
+def linspace32(start: float, end: float, n: int) -> torch.Tensor:
+    """torch.linspace in float32, with the same last bits on every processor.
+
+    Each half is counted from its own end; torch's own kernels differ in how they round this.
+    """
+    i = torch.arange(n)
+    first, last = torch.tensor([start, end]).double()
+    step = ((last - first).float() / (n - 1)).double()
+    return torch.where(i < n // 2, first + step * i, last - step * (n - 1 - i)).float()
+
+
+def nf4_code() -> torch.Tensor:
+    """The 16 NF4 values in ascending order, float32 [16], in [-1, 1] (QLoRA, eq. 4 and appendix E).
+
+    Quantiles of the standard normal: 8 at evenly spaced probabilities above one half, 7 below it,
+    and an exact zero. The outermost probability leaves out the mean of 1/32 and 1/30 of the mass.
+    """
+    # 1 - (1/32 + 1/30)/2 to the seven digits of the published code, spaced in float32 as there: the
+    # full fraction, or float64 spacing, gives codes that are a few units in the last place off.
+    outermost = 0.9677083
+    above = linspace32(outermost, 0.5, 9)[:-1].tolist()
+    below = linspace32(outermost, 0.5, 8)[:-1].tolist()
+    quantile = NormalDist().inv_cdf
+    values = [quantile(p) for p in above] + [0.0] + [-quantile(p) for p in below]
+    code = torch.tensor(sorted(values))
+    return code / code.max()
+
+
+def dynamic_code() -> torch.Tensor:
+    """The 256 values for 8-bit absmax, ascending, float32 [256]: a signed dynamic map.
+
+    For each decade 10^-6 to 1, the midpoints of 2^i equal steps from 0.1 to 1: fine near zero,
+    coarse near one (Dettmers et al. 2022, arXiv:2110.02861, section 1.3).
+    """
+    values = [0.0, 1.0]
+    for i in range(7):
+        edges = linspace32(0.1, 1, 2**i + 1)
+        means = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6)
+        values += means.tolist() + (-means).tolist()
+    return torch.tensor(sorted(values))
+
+
+NF4_CODE = nf4_code()
+DYNAMIC_CODE = dynamic_code()
+
+
+def nearest(values: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+    """The index of the nearest entry of an ascending code, uint8; halfway goes to the lower one."""
+    code = code.to(values.device)
+    midpoints = (code[:-1] + code[1:]) / 2
+    return torch.bucketize(values, midpoints, out_int32=True).to(torch.uint8)
+
+
+def scaled_blocks(values: torch.Tensor, block_size: int):
+    """float32 [n] to blocks scaled into [-1, 1], [blocks, block_size], and absmax [blocks]."""
+    blocks = F.pad(values, (0, -len(values) % block_size)).view(-1, block_size)
+    absmax = blocks.abs().amax(dim=1)
+    # The reciprocal first, as in bitsandbytes: it decides some roundings. Zeros stay zeros.
+    inverse = torch.where(absmax > 0, 1 / absmax, 0)
+    return blocks * inverse[:, None], absmax
+
+
+@dataclass(frozen=True)
+class NF4Weight:
+    """A quantized weight of n elements, in blocks over its row-major order.
+
+    packed: uint8 [ceil(n/2)], the first element of each pair in the high nibble. Either `absmax`
+    float32 [blocks], or with double quantization `absmax_codes` uint8 [blocks], `absmax_scale`
+    float32 [ceil(blocks/256)] and `absmax_offset` float32 []. `dtype`: what dequantizing returns.
+    """
+
+    packed: torch.Tensor
+    shape: tuple
+    dtype: torch.dtype
+    block_size: int = 64
+    absmax: torch.Tensor | None = None
+    absmax_codes: torch.Tensor | None = None
+    absmax_scale: torch.Tensor | None = None
+    absmax_offset: torch.Tensor | None = None
+
+
+def quantize_nf4(weight: torch.Tensor, block_size: int = 64, double_quant: bool = True):
+    """Quantize a float tensor of any shape to an NF4Weight (QLoRA, eq. 1 and section 3)."""
+    values = weight.detach().to(torch.float32).flatten()  # exact; never through another 16-bit type
+    scaled, absmax = scaled_blocks(values, block_size)
+    codes = nearest(scaled, NF4_CODE).flatten()[: len(values)]  # uint8 [n]
+    codes = F.pad(codes, (0, len(codes) % 2))
+    packed = codes[0::2] << 4 | codes[1::2]  # [ceil(n/2)]
+    common = dict(packed=packed, shape=tuple(weight.shape), dtype=weight.dtype)
+    if not double_quant:
+        return NF4Weight(**common, block_size=block_size, absmax=absmax)
+    # Absmax is positive: taking off the mean centres it on the signed map's fine part.
+    offset = absmax.mean()
+    scaled, scale = scaled_blocks(absmax - offset, ABSMAX_BLOCK)
+    codes = nearest(scaled, DYNAMIC_CODE).flatten()[: len(absmax)]
+    return NF4Weight(
+        **common,
+        block_size=block_size,
+        absmax_codes=codes,
+        absmax_scale=scale,
+        absmax_offset=offset,
+    )
+
+
+def dequantize_absmax(quantized: NF4Weight) -> torch.Tensor:
+    """Each block's absmax, float32 [blocks], undoing double quantization where there is one."""
+    if quantized.absmax is not None:
+        return quantized.absmax
+    codes = quantized.absmax_codes
+    values = DYNAMIC_CODE.to(codes.device)[codes.int()]
+    scale = quantized.absmax_scale.repeat_interleave(ABSMAX_BLOCK)[: len(codes)]
+    return values * scale + quantized.absmax_offset
+
+
+@functools.cache
+def code_pairs(device: torch.device) -> torch.Tensor:
+    """int64 [256]: for each byte the bits of its two float32 codes: one lookup gives both."""
+    byte = torch.arange(256)
+    pairs = torch.stack((NF4_CODE[byte >> 4], NF4_CODE[byte & 15]), dim=1)  # [256, 2]
+    return pairs.view(torch.int64).flatten().to(device)
+
+
+def dequantize_nf4(quantized: NF4Weight) -> torch.Tensor:
+    """The weight back, in its own shape and dtype: code * absmax in float32, then one cast."""
+    n = math.prod(quantized.shape)
+    pairs = code_pairs(quantized.packed.device).index_select(0, quantized.packed.int())
+    values = pairs.view(torch.float32)  # [n], or n + 1 where n is odd
+    values = F.pad(values, (0, -len(values) % quantized.block_size))
+    blocks = values.view(-1, quantized.block_size) * dequantize_absmax(quantized)[:, None]
+    return blocks.flatten()[:n].view(quantized.shape).to(quantized.dtype)
+
+
+class NF4Matmul(torch.autograd.Function):
+    """x @ W^T for a frozen quantized W [out, in]; x [..., in].
+
+    Backward needs W once more: grad_x = grad_y @ W. Left to itself, autograd would keep every
+    layer's dequantized W until then (13 GB for 7B), so we keep W packed and dequantize again.
+    """
+
+    @staticmethod
+    def forward(ctx, x, quantized):
+        ctx.quantized = quantized
+        return F.linear(x, dequantize_nf4(quantized).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        return grad_y @ dequantize_nf4(ctx.quantized).to(grad_y.dtype), None
+
+
+class NF4Linear(nn.Module):
+    """A linear layer without bias whose frozen weight [out, in] is kept in NF4.
+
+    The weight dequantizes to its `dtype` and is then cast to the input's, as in bitsandbytes.
+    """
+
+    TENSORS = ("packed", "absmax", "absmax_codes", "absmax_scale", "absmax_offset")
+
+    def __init__(self, quantized: NF4Weight):
+        super().__init__()
+        self.out_features, self.in_features = quantized.shape
+        self.block_size, self.dtype = quantized.block_size, quantized.dtype
+        for name in self.TENSORS:
+            self.register_buffer(name, getattr(quantized, name))
+
+    @property
+    def quantized(self) -> NF4Weight:
+        """The layer's weight as an NF4Weight that shares its memory."""
+        tensors = {name: getattr(self, name) for name in self.TENSORS}
+        shape = (self.out_features, self.in_features)
+        return NF4Weight(shape=shape, dtype=self.dtype, block_size=self.block_size, **tensors)
+
+    def forward(self, x):  # [..., in] -> [..., out]
+        return NF4Matmul.apply(x, self.quantized)
+
+    def _apply(self, fn, recurse=True):
+        # Moves to a device reach the buffers, casts do not: a bfloat16 absmax would be wrong.
+        return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), recurse)
+
+
+def quantize_model(model: nn.Module, double_quant: bool = True) -> nn.Module:
+    """Replace every linear layer but the head by an NF4Linear, in place. Norms, embeddings stay."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear) and name != "lm_head":
+                weight = quantize_nf4(child.weight, double_quant=double_quant)
+                setattr(module, name, NF4Linear(weight))
+    return model

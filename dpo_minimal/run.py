@@ -1,0 +1,171 @@
+"""A run: its flags, its settings, its folder, and which stages are still to be done."""
+
+import argparse
+import platform
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+
+from dpo_minimal import InputError
+from dpo_minimal.data import batch_order
+from dpo_minimal.files import read_json, write_json
+from dpo_minimal.loop import Log, Settings, count_steps, train
+
+# In order: each stage and the folder that it leaves behind.
+PRODUCTS = {"pretrain": "base", "sft": "sft", "dpo": "dpo", "evaluate": "merged"}
+
+# The forum's own settings. There an answer is one of 15, some 2.7 nats of choice, and the implicit
+# reward at the optimum is the true score: beta 0.1 would ask for log-ratios ten times as large.
+FORUM_FLAGS = {"beta": 1.0, "max_length": 128, "target_modules": "all"}
+FORUM = {
+    "pretrain": Settings(learning_rate=3e-3, batch_size=16),
+    "sft": Settings(learning_rate=2e-3, batch_size=8),
+    "dpo": Settings(learning_rate=1e-3, batch_size=16),
+}
+# Those of the blog's run on Llama 2 7B and stack-exchange-paired.
+BLOG_FLAGS = {"beta": 0.1, "max_length": 1024, "target_modules": "q_proj,v_proj"}
+BLOG = {
+    "sft": Settings(learning_rate=1e-4, batch_size=4, grad_accum=2),
+    "dpo": Settings(learning_rate=5e-4, batch_size=4, grad_accum=4),
+}
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """The flags, by their names in the field."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=raw)
+    add = parser.add_argument_group("files").add_argument
+    add("--model", help="model folder; without it a tiny Llama is pretrained")
+    add("--data", help="preference file or folder; without it the embedded forum")
+    add("--eval-data", help="held-out pairs; else a part of the data")
+    add("--out", help="run folder (runs/forum, or runs/ and the model's name)")
+    add("--stage", choices=PRODUCTS, help="only this stage")
+    add("--resume", action="store_true", help="go on with an interrupted run")
+    add = parser.add_argument_group("DPO").add_argument
+    add("--beta", type=float, help="pull towards the reference (0.1; forum 1)")
+    add("--loss", choices=["sigmoid", "ipo", "hinge"], default="sigmoid")
+    add("--label-smoothing", type=float, default=0.0, help="cDPO: the share of wrong votes")
+    add = parser.add_argument_group("training, by default as each stage needs").add_argument
+    add("--learning-rate", type=float)
+    add("--batch-size", type=int, help="pairs, or packed rows, a forward pass")
+    add("--grad-accum", type=int, help="forward passes a step")
+    add("--epochs", type=float)
+    add("--max-steps", type=int, help="cap of each stage")
+    add("--warmup-steps", type=int, help="a tenth of the steps")
+    add("--eval-every", type=int, help="steps between evaluations; 0: only at the end")
+    add("--save-every", type=int, help="steps between saved states; 0: never")
+    add("--seed", type=int, default=0)
+    add = parser.add_argument_group("model").add_argument
+    add("--max-length", type=int, help="tokens of prompt + answer (1024; forum 128)")
+    add("--lora-r", type=int, default=8)
+    add("--lora-alpha", type=float, default=16)
+    add("--lora-dropout", type=float, default=0.05)
+    add("--target-modules", help="linear layers, or all (q_proj,v_proj; forum all)")
+    add("--no-quantize", action="store_true", help="LoRA instead of QLoRA")
+    add("--dtype", choices=["float32", "bfloat16"], help="bfloat16 on a GPU, else float32")
+    add("--device", help="cuda if there is one, else cpu")
+    add("--gradient-checkpointing", action="store_true", help="less memory, more time")
+    add("--compile", action="store_true", help="torch.compile each block")
+    return parser
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every stage needs: the flags, the folder, and each stage's settings."""
+
+    args: argparse.Namespace
+    out: Path
+    device: str
+    dtype: torch.dtype
+    settings: dict[str, Settings]
+
+    @property
+    def on_forum(self) -> bool:
+        """Whether the data are the embedded forum's, where a judge knows the truth."""
+        return self.args.data is None
+
+    @property
+    def model_folder(self) -> Path:
+        """The base model."""
+        return Path(self.args.model or self.out / "base")
+
+    def due(self, stage: str) -> bool:
+        """Whether a stage is to be run: asked for, not done yet, not replaced by --model."""
+        wanted = self.args.stage in (None, stage) and not (stage == "pretrain" and self.args.model)
+        return wanted and not (self.out / PRODUCTS[stage]).exists()
+
+    def train(self, stage: str, model, objective, lengths, collate, evaluate=None):
+        """The loop with this stage's settings, log and state."""
+        settings = self.settings[stage]
+        steps = count_steps(settings, len(lengths))
+        order = batch_order(lengths, settings.batch_size, settings.seed)
+        model.gradient_checkpointing = self.args.gradient_checkpointing
+        if self.args.compile:
+            for block in model.model.layers:
+                block.compile()
+        log = Log(self.out / "metrics.jsonl", stage, steps)
+        state = self.out / "state" / f"{stage}.pt"
+        train(model, objective, order, collate, steps, settings, log, state, evaluate)
+
+    def start(self):
+        """Make the folder and write config.json: all settings and versions."""
+        (self.out / "state").mkdir(parents=True, exist_ok=True)
+        on_gpu = self.device.startswith("cuda")
+        record = {
+            "arguments": vars(self.args),
+            "stages": {stage: asdict(settings) for stage, settings in self.settings.items()},
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
+            "dtype": str(self.dtype),
+        }
+        write_json(self.out / "config.json", record)
+
+
+def read_run(description: str) -> Run:
+    """The run that the command line asks for. InputError if its folder does not allow it."""
+    parser = make_parser(description)
+    args = parser.parse_args()
+    out = Path(args.out or Path("runs") / (Path(args.model).name if args.model else "forum"))
+    defaults = BLOG_FLAGS if args.data else FORUM_FLAGS
+    saved = {}
+    if (args.resume or args.stage) and (out / "config.json").exists():
+        # An earlier command's settings hold on, unless a flag says otherwise.
+        saved = read_json(out / "config.json")["arguments"]
+        saved = {k: v for k, v in saved.items() if k not in ("stage", "resume", "out")}
+        defaults = saved
+    parser.set_defaults(**defaults)
+    args = parser.parse_args()
+    changed = [name for name in saved if saved[name] != getattr(args, name)]
+    if args.resume and changed:
+        flag = changed[0].replace("_", "-")
+        raise InputError(f"{out}: --{flag} was {saved[changed[0]]} here: resume without changes")
+    if args.data and not args.model:
+        raise InputError("--data needs --model: the tiny Llama made here knows the forum only")
+    check_folder(out, args)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    given = {field.name: getattr(args, field.name, None) for field in fields(Settings)}
+    given = {name: value for name, value in given.items() if value is not None}
+    stages = BLOG if args.data else FORUM
+    settings = {stage: replace(preset, **given) for stage, preset in stages.items()}
+    return Run(args, out, device, getattr(torch, dtype), settings)
+
+
+def check_folder(out: Path, args):
+    """InputError if the run would overwrite another one, or lacks an earlier stage's product."""
+    stages = list(PRODUCTS)[bool(args.model) :]
+    if args.stage == "pretrain" and args.model:
+        raise InputError("--stage pretrain makes the forum's own model: leave out --model")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file: give --out another name")
+    filled = out.exists() and any(out.iterdir())
+    if filled and not args.resume and args.stage in (None, stages[0]):
+        raise InputError(f"{out} is not empty: go on with --resume, or give --out another folder")
+    if args.stage is None:
+        return
+    for stage in stages[: stages.index(args.stage)]:
+        if not (out / PRODUCTS[stage]).exists():
+            raise InputError(f"{out} has no {PRODUCTS[stage]}/ yet: run --stage {stage} first")
+    if (out / PRODUCTS[args.stage]).exists() and not args.resume:
+        raise InputError(f"{out / PRODUCTS[args.stage]} is there already: give --out a new folder")

@@ -1,0 +1,68 @@
+"""SentencePiece, Llama's tokenizer: load, train, encode, decode.
+
+A folder with only a `tokenizer.json` (SmolLM2, Llama 3) is served by `extras/tokenizer_json.py`, an
+object with the same five names.
+"""
+
+import io
+from pathlib import Path
+
+import sentencepiece
+
+from dpo_minimal import InputError
+
+
+class Tokenizer:
+    """A SentencePiece model file. Ids are ints; `bos_id` and `eos_id` frame a text."""
+
+    def __init__(self, path):
+        try:
+            self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"{path}: not a SentencePiece model ({error})") from None
+        self.bos_id, self.eos_id = self.model.bos_id(), self.model.eos_id()
+        self.vocab_size = self.model.vocab_size()
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        """Token ids of a text, with one BOS in front and one EOS behind if asked for."""
+        return [self.bos_id] * bos + self.model.encode(text) + [self.eos_id] * eos
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids; BOS and EOS have none."""
+        return self.model.decode(ids)
+
+
+def train_tokenizer(texts, vocab_size: int, path) -> Tokenizer:
+    """Learn a tokenizer from an iterable of texts, with Llama's settings, into the file `path`.
+
+    BPE, unknown characters as bytes, digits one by one, no normalization. Lines are learned from
+    one at a time, so that a line break is a byte of its own, as in Llama 2.
+    """
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for text in texts for line in text.splitlines() if line),
+        model_writer=model,
+        vocab_size=vocab_size,
+        model_type="bpe",
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        character_coverage=0.99995,
+        minloglevel=2,
+    )
+    Path(path).write_bytes(model.getvalue())
+    return Tokenizer(path)
+
+
+def load_tokenizer(folder):
+    """The tokenizer of a model folder: its `tokenizer.model`, else its `tokenizer.json`."""
+    folder = Path(folder)
+    if (folder / "tokenizer.model").exists():
+        return Tokenizer(folder / "tokenizer.model")
+    if (folder / "tokenizer.json").exists():
+        from dpo_minimal.extras.tokenizer_json import JsonTokenizer
+
+        return JsonTokenizer(folder)
+    raise InputError(f"{folder}: no tokenizer.model and no tokenizer.json in this model folder")

@@ -1,0 +1,69 @@
+"""What several tests share: a tokenizer, a tiny model folder, and where real inputs would lie."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpo_minimal import forum
+from dpo_minimal.checkpoint import save_llama
+from dpo_minimal.llama import Llama, LlamaConfig
+from dpo_minimal.tokenizer import Tokenizer, train_tokenizer
+
+SHAPE = {
+    "vocab_size": 420,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+}
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory):
+    """A tokenizer.model of 420 pieces, learned from threads of the forum."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    texts = [row["text"] for row in forum.make_forum(0)["pretrain"][:300]]
+    train_tokenizer(texts, SHAPE["vocab_size"], path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_file):
+    """The tokenizer of that file."""
+    return Tokenizer(tokenizer_file)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, tokenizer_file):
+    """A folder with a small random Llama in float32 and that tokenizer. Copy it to change it."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(**SHAPE))
+    save_llama(model, folder, torch.float32, tokenizer_from=tokenizer_file.parent)
+    return folder
+
+
+def real_input(name: str) -> Path:
+    """The path of a real input; the test is skipped where there is none."""
+    beside = Path(__file__).parents[2] / "shared" / "real"
+    path = Path(os.environ.get("DPO_MINIMAL_REAL", beside)) / name
+    if not path.exists():
+        pytest.skip(f"{name} is not here: set DPO_MINIMAL_REAL to the folder that has it")
+    return path
+
+
+@pytest.fixture(scope="session")
+def llama2_tokenizer():
+    """The tokenizer of the published Llama 2."""
+    return Tokenizer(real_input("llama2_tokenizer.model"))
+
+
+@pytest.fixture(scope="session")
+def real_preferences():
+    """The path of 1,100 real preference pairs."""
+    return real_input("instruction_preferences.json")

@@ -1,0 +1,254 @@
+"""The 4-bit code, its packing, double quantization and the 4-bit linear layer."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import random_tokens, tiny_llama
+from torch import nn
+
+from dpo_minimal.nf4 import (
+    DYNAMIC_CODE,
+    NF4_CODE,
+    NF4Linear,
+    dequantize_absmax,
+    dequantize_nf4,
+    quantize_model,
+    quantize_nf4,
+)
+
+# The table that bitsandbytes publishes, as the bits of its float32 values.
+CODE_HEX = (
+    "bf800000 bf3239b1 bf066b30 beca32a0 be91a24d be3d353f bdba7871 00000000 "
+    "3da2faff 3e24cae3 3e7c04dd 3ead033a 3ee1a4b8 3f1007ab 3f3913b3 3f800000"
+)
+
+
+def gaussian(*shape, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return (0.02 * torch.randn(*shape, generator=generator)).to(dtype)
+
+
+def nibbles(quantized):
+    """The codes of a packed weight, high nibble first, int [n]."""
+    packed = quantized.packed.numpy()
+    n = int(np.prod(quantized.shape))
+    return np.stack((packed // 16, packed % 16), axis=1).reshape(-1)[:n]
+
+
+def numpy_absmax(weight, block_size=64):
+    """The largest magnitude of each block, float32 [blocks]."""
+    flat = weight.float().numpy().reshape(-1)
+    starts = range(0, len(flat), block_size)
+    return np.array([np.abs(flat[start : start + block_size]).max() for start in starts])
+
+
+def bits_a_weight(quantized):
+    tensors = [value for value in vars(quantized).values() if isinstance(value, torch.Tensor)]
+    return 8 * sum(t.numel() * t.element_size() for t in tensors) / np.prod(quantized.shape)
+
+
+def saved_bytes(function):
+    """Bytes that autograd keeps for the backward pass of function()."""
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        function()
+    return sum(kept)
+
+
+# The codes.
+
+
+def test_the_16_codes_are_the_published_ones_bit_for_bit():
+    assert NF4_CODE.dtype == torch.float32
+    assert (
+        " ".join(f"{b & 0xFFFFFFFF:08x}" for b in NF4_CODE.view(torch.int32).tolist()) == CODE_HEX
+    )
+
+
+def test_the_dynamic_code_has_hand_computed_values():
+    # Seven decades with 1, 2, ..., 64 midpoints of both signs, 0 and 1: 2 * 127 + 2 values.
+    assert len(DYNAMIC_CODE) == 256 and DYNAMIC_CODE.dtype == torch.float32
+    assert torch.equal(DYNAMIC_CODE, DYNAMIC_CODE.sort().values)
+    by_hand = {0: -0.99296875, 127: 0, 128: 0.55e-6, 129: 3.25e-6, 130: 7.75e-6, 255: 1}
+    by_hand |= {254: 1 - 0.9 / 128, 191: 0.1 + 0.9 / 128, 190: 0.1 - 0.09 / 64}
+    for i, value in by_hand.items():
+        assert DYNAMIC_CODE[i].item() == pytest.approx(value, rel=1e-5), i
+
+
+def test_codes_0_to_15_pack_high_nibble_first():
+    quantized = quantize_nf4(NF4_CODE, block_size=16, double_quant=False)
+    assert bytes(quantized.packed.tolist()).hex(" ") == "01 23 45 67 89 ab cd ef"
+    assert torch.equal(dequantize_nf4(quantized), NF4_CODE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_each_weight_takes_the_nearest_code(dtype):
+    # Through bfloat16 first, 0.44% of the nibbles of float16 weights would differ.
+    weight = gaussian(64, 96, dtype=dtype)
+    quantized = quantize_nf4(weight, double_quant=False)
+    assert torch.equal(quantized.absmax, torch.from_numpy(numpy_absmax(weight)))
+    scaled = weight.double().numpy().reshape(-1, 64) / numpy_absmax(weight).astype(float)[:, None]
+    distances = np.abs(scaled.reshape(-1, 1) - NF4_CODE.double().numpy())  # [n, 16]
+    assert (nibbles(quantized) == distances.argmin(axis=1)).all()
+
+
+def test_halfway_between_two_codes_goes_to_the_lower_one():
+    half = NF4_CODE[8].item() / 2  # halfway between codes 7 (zero) and 8, exact in float32
+    weight = torch.tensor([1.0, half, half * (1 + 2**-20), -1.0])
+    quantized = quantize_nf4(weight, block_size=4, double_quant=False)
+    assert nibbles(quantized).tolist() == [15, 7, 8, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_dequantizing_multiplies_in_float32_and_casts_once(dtype):
+    weight = gaussian(32, 64, dtype=dtype)  # a product of two bfloat16 is wrong in 20% of them
+    quantized = quantize_nf4(weight, double_quant=False)
+    product = NF4_CODE.numpy()[nibbles(quantized)] * np.repeat(numpy_absmax(weight), 64)
+    assert product.dtype == np.float32
+    back = dequantize_nf4(quantized)
+    assert back.dtype == dtype
+    assert torch.equal(back, torch.from_numpy(product).view(32, 64).to(dtype))
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_a_block_of_zeros_comes_back_as_zeros(double_quant):
+    weight = gaussian(3, 64)
+    weight[1] = 0
+    quantized = quantize_nf4(weight, double_quant=double_quant)
+    assert set(quantized.packed[32:64].tolist()) == {0x77}
+    back = dequantize_nf4(quantized)
+    assert not back[1].any() and back[0].any() and back.isfinite().all()
+    assert not dequantize_nf4(quantize_nf4(torch.zeros(2, 64), double_quant=double_quant)).any()
+
+
+# Double quantization and sizes.
+
+
+def test_double_quantization_with_a_partial_last_block_equals_numpy():
+    weight = gaussian(257, 65)  # 262 blocks of 64: 256 share one scale, 6 the other
+    quantized = quantize_nf4(weight)
+    absmax = numpy_absmax(weight).astype(float)
+    assert len(quantized.absmax_codes) == len(absmax) == 262 and quantized.absmax is None
+    centred = absmax - absmax.mean()
+    scales = np.array([np.abs(centred[:256]).max(), np.abs(centred[256:]).max()])
+    np.testing.assert_allclose(quantized.absmax_scale.numpy(), scales, rtol=1e-5)
+    np.testing.assert_allclose(quantized.absmax_offset.item(), absmax.mean(), rtol=1e-5)
+    scaled = centred / np.repeat(scales, 256)[:262]
+    code = DYNAMIC_CODE.double().numpy()
+    nearest = np.abs(scaled[:, None] - code).argmin(axis=1)
+    assert (quantized.absmax_codes.numpy() == nearest).all()
+    expected = code[nearest] * np.repeat(scales, 256)[:262] + absmax.mean()
+    np.testing.assert_allclose(dequantize_absmax(quantized).numpy(), expected, rtol=1e-5)
+
+
+def test_double_quantization_moves_absmax_by_less_than_a_percent():
+    weight = gaussian(512, 512)
+    # Half a step of the map, 0.9 / 128, times the widest deviation from the mean of its 256.
+    absmax = quantize_nf4(weight, double_quant=False).absmax
+    error = dequantize_absmax(quantize_nf4(weight)) - absmax
+    assert error.abs().max() <= 1.001 * 0.9 / 128 * (absmax - absmax.mean()).abs().max()
+    assert 0 < (error / absmax).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (7, 9), (1, 64), (65, 1), (5, 13, 3)])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_odd_shapes_come_back_in_their_shape(shape, double_quant):
+    weight = gaussian(*shape)
+    quantized = quantize_nf4(weight, double_quant=double_quant)
+    back = dequantize_nf4(quantized)
+    assert back.shape == weight.shape and len(quantized.packed) == (weight.numel() + 1) // 2
+    absmax = np.repeat(numpy_absmax(weight), 64)[: weight.numel()].reshape(shape)
+    # The widest gap between two codes is 0.304, so half of it, and the error of absmax.
+    assert ((back - weight).abs().numpy() <= 0.17 * absmax).all()
+
+
+def test_blocks_run_over_the_row_major_weight_also_of_a_transposed_one():
+    weight = gaussian(64, 3)
+    contiguous, transposed = quantize_nf4(weight.T.contiguous()), quantize_nf4(weight.T)
+    assert torch.equal(transposed.packed, contiguous.packed)
+
+
+def test_a_weight_takes_4_127_bits_and_4_5_without_double_quantization():
+    weight = gaussian(1024, 1024)
+    assert bits_a_weight(quantize_nf4(weight)) == pytest.approx(
+        4 + 8 / 64 + 32 / 64 / 256, abs=1e-4
+    )
+    assert bits_a_weight(quantize_nf4(weight, double_quant=False)) == 4 + 32 / 64
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_gaussian_weights_have_a_relative_rms_error_of_9_2_percent(double_quant):
+    weight = gaussian(1024, 512)
+    error = dequantize_nf4(quantize_nf4(weight, double_quant=double_quant)) - weight
+    assert (error.norm() / weight.norm()).item() == pytest.approx(0.092, abs=0.001)
+
+
+# The linear layer.
+
+
+def test_the_linear_layer_and_its_gradient_equal_numpy():
+    layer = NF4Linear(quantize_nf4(gaussian(6, 10)))
+    W = dequantize_nf4(layer.quantized).double().numpy()
+    x = gaussian(2, 3, 10).double().requires_grad_()
+    grad_y = gaussian(2, 3, 6).double()
+    y = layer(x)
+    y.backward(grad_y)
+    np.testing.assert_allclose(y.detach().numpy(), x.detach().numpy() @ W.T, atol=1e-10)
+    np.testing.assert_allclose(x.grad.numpy(), grad_y.numpy() @ W, atol=1e-10)
+
+
+def test_the_linear_layer_answers_in_the_dtype_of_its_input():
+    layer = NF4Linear(quantize_nf4(gaussian(8, 64)))
+    x = gaussian(2, 64).to(torch.bfloat16).requires_grad_()
+    y = layer(x)
+    y.sum().backward()
+    assert y.dtype == x.grad.dtype == torch.bfloat16
+
+
+def test_autograd_keeps_no_dequantized_weight():
+    layer = NF4Linear(quantize_nf4(gaussian(128, 256)))
+    x = gaussian(4, 256).requires_grad_()
+    W = dequantize_nf4(layer.quantized)
+    assert saved_bytes(lambda: F.linear(x, W)) == 4 * 128 * 256  # the count sees a plain layer's
+    assert saved_bytes(lambda: layer(x)) <= 128 * 256 / 2 + 128 * 256 / 64 + 4 + 4 + 4 * 256
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_casting_a_model_leaves_the_quantized_tensors_alone(dtype, double_quant):
+    # absmax in bfloat16 would be wrong by up to 0.4%, silently.
+    model = nn.Sequential(NF4Linear(quantize_nf4(gaussian(96, 64), double_quant=double_quant)))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    after = model.to(dtype).state_dict()
+    assert len(before) == (4 if double_quant else 2)
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype and torch.equal(after[name], tensor), name
+
+
+def test_quantizing_a_model_leaves_no_linear_layer_in_floats_but_the_head():
+    model = quantize_model(tiny_llama(num_hidden_layers=1))
+    modules = dict(model.named_modules())
+    assert [name for name, m in modules.items() if isinstance(m, nn.Linear)] == ["lm_head"]
+    assert sum(isinstance(m, NF4Linear) for m in modules.values()) == 7
+    for name, module in modules.items():
+        if isinstance(module, NF4Linear):
+            assert module.packed.dtype == module.absmax_codes.dtype == torch.uint8, name
+    norms = {f"model.layers.0.{name}_layernorm" for name in ("input", "post_attention")}
+    floats = {name.removesuffix(".weight") for name, _ in model.named_parameters()}
+    assert floats == norms | {"model.embed_tokens", "model.norm", "lm_head"}
+
+
+def test_a_quantized_model_is_the_model_of_the_dequantized_weights():
+    model, tokens = tiny_llama(), random_tokens(2, 5)
+    for name, parameter in model.named_parameters():
+        if "_proj" in name:
+            parameter.data = dequantize_nf4(quantize_nf4(parameter))
+    expected = model(tokens)
+    actual = quantize_model(tiny_llama())(tokens)
+    assert torch.allclose(actual, expected, rtol=0, atol=1e-10)

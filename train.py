@@ -1,0 +1,226 @@
+"""Preference tuning of a Llama, from files to adapters: SFT and DPO with QLoRA, and an evaluation.
+
+    python train.py                            the embedded forum, from nothing, on a laptop
+    python train.py --model DIR --data PATH    a real checkpoint and a preference file
+
+The stages, in order: pretrain (only without --model), sft, dpo, evaluate. Read `main` first.
+"""
+
+import hashlib
+import json
+from functools import partial
+
+import torch
+
+from dpo_minimal import forum, run_command
+from dpo_minimal.checkpoint import load_adapter, load_llama, read_config, save_adapter, save_llama
+from dpo_minimal.data import (
+    encode_pairs,
+    encode_sft,
+    load_splits,
+    pack,
+    packed_batch,
+    pair_batch,
+    read_rows,
+)
+from dpo_minimal.evaluate import (
+    compare,
+    format_samples,
+    format_summary,
+    last_evaluation,
+    one_epoch,
+    pair_lengths,
+    pair_logps,
+    preference_metrics,
+    vote_bound,
+)
+from dpo_minimal.extras.plots import draw_curves
+from dpo_minimal.files import whole_file, whole_folder, write_json
+from dpo_minimal.llama import Llama, LlamaConfig
+from dpo_minimal.loop import count_steps, peak_memory_gb
+from dpo_minimal.lora import active_adapters, add_adapter
+from dpo_minimal.loss import dpo_loss, reward_metrics, sequence_logps, sft_loss
+from dpo_minimal.run import Run, read_run
+from dpo_minimal.tokenizer import load_tokenizer, train_tokenizer
+
+TINY_LLAMA = LlamaConfig(
+    vocab_size=1024,
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    tie_word_embeddings=True,
+)
+
+
+def main():
+    """Read and check everything, then the stages in order; each saves what the next one reads."""
+    run = read_run(__doc__)
+    check_targets(run)
+    if run.on_forum:
+        run.start()
+        if not (run.out / "data").exists():
+            make_forum_data(run)
+    if run.due("pretrain"):
+        pretrain(run)
+    if not any(map(run.due, ("sft", "dpo", "evaluate"))):
+        return
+    args, max_length = run.args, run.args.max_length
+    tokenizer = load_tokenizer(run.model_folder)
+    splits = load_splits(args.data or run.out / "data", args.eval_data, args.seed, tell)
+    examples = encode_sft(tokenizer, splits.sft, max_length, tell)
+    pairs = encode_pairs(tokenizer, splits.train, max_length, "training pairs", tell)
+    held_out = encode_pairs(tokenizer, splits.evaluation, max_length, "held-out pairs", tell)
+    quantize = None if args.no_quantize else "nf4"
+    model = load_llama(run.model_folder, run.device, run.dtype, quantize)
+    kind = f"{quantize or 'not quantized'}, {str(run.dtype)[6:]} on {run.device}"
+    tell(f"model     {run.model_folder}, {kind}, peak memory {peak_memory_gb():.2f} GB so far")
+    run.start()
+    if run.due("sft"):
+        sft(run, model, examples)
+    if run.due("dpo"):
+        load_adapter(model, run.out / "sft", "sft")  # what was saved is what goes on
+        dpo(run, model, pairs, held_out)
+    if run.due("evaluate"):
+        load_adapter(model, run.out / "sft", "sft")
+        load_adapter(model, run.out / "dpo", "dpo")  # sft and dpo as one, as exported
+        evaluate(run, model, tokenizer, splits.evaluation)
+    tell(f"done      {run.out}, peak memory {peak_memory_gb():.2f} GB")
+
+
+def tell(text: str):
+    """A line of progress."""
+    print(text, flush=True)
+
+
+def check_targets(run: Run):
+    """InputError for an unknown --target-modules, before any work is done."""
+    config = read_config(run.args.model) if run.args.model else TINY_LLAMA
+    with torch.device("meta"):
+        add_adapter(Llama(config), "trial", targets=run.args.target_modules)
+
+
+def make_forum_data(run: Run):
+    """Write the forum's rows as files: data/pretrain, data/finetune, data/rl, data/evaluation."""
+    with whole_folder(run.out / "data") as folder:
+        for part, rows in forum.make_forum(run.args.seed).items():
+            (folder / part).mkdir()
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / part / "forum.jsonl").write_text(lines, "utf-8")
+
+
+def pretrain(run: Run):
+    """Make a tokenizer and a tiny Llama that has read the forum's threads: base/."""
+    texts = [row["text"] for _, row in read_rows(run.out / "data" / "pretrain" / "forum.jsonl")]
+    with whole_folder(run.out / "tokenizer") as folder:
+        tokenizer = train_tokenizer(texts, TINY_LLAMA.vocab_size, folder / "tokenizer.model")
+    tell(f"tokenizer {tokenizer.vocab_size} pieces from {len(texts)} threads")
+    examples = [([tokenizer.bos_id], tokenizer.encode(text, eos=True)) for text in texts]
+    rows = pack([1 + len(tokens) for _, tokens in examples], run.args.max_length)
+    torch.manual_seed(run.args.seed)
+    model = Llama(TINY_LLAMA).to(run.device)
+    lengths = [run.args.max_length] * len(rows)
+    run.train(
+        "pretrain", model, token_objective, lengths, collate_packed(examples, rows, run.device)
+    )
+    save_llama(model, run.out / "base", tokenizer_from=run.out / "tokenizer")
+
+
+def collate_packed(examples, rows, device):
+    """A function from row numbers to the batch of these packed rows."""
+    return lambda indices: packed_batch(examples, [rows[i] for i in indices], device)
+
+
+def token_objective(model, batch):
+    """Pretraining and SFT: the cross-entropy of each scored token."""
+    return sft_loss(model, batch.tokens, batch.loss_mask, batch.positions, batch.mask), {}
+
+
+def sft(run: Run, model, examples):
+    """Train the adapter `sft` on packed question/answer texts; the answers are scored."""
+    max_length = run.args.max_length
+    rows = pack([len(prompt) + len(answer) for prompt, answer in examples], max_length)
+    tell(f"sft       {len(examples)} texts in {len(rows)} rows of up to {max_length} tokens")
+    add_run_adapter(run, model, "sft")
+    lengths = [max_length] * len(rows)
+    run.train("sft", model, token_objective, lengths, collate_packed(examples, rows, run.device))
+    save_adapter(model, ["sft"], run.out / "sft", str(run.model_folder))
+
+
+def add_run_adapter(run: Run, model, name: str):
+    """Add an adapter with the run's settings; its random start depends on the seed alone."""
+    torch.manual_seed(run.args.seed)
+    a = run.args
+    add_adapter(model, name, a.lora_r, a.lora_alpha, a.lora_dropout, a.target_modules)
+
+
+def dpo(run: Run, model, pairs, held_out):
+    """Train the adapter `dpo` on top of the frozen `sft`: the reference is `dpo` switched off."""
+    settings, args = run.settings["dpo"], run.args
+    options = dict(beta=args.beta, label_smoothing=args.label_smoothing, kind=args.loss)
+    add_run_adapter(run, model, "dpo")
+    # In the batches of the first epoch, so that step 0 compares equal computations: ln 2 exactly.
+    order = one_epoch(pairs, settings.batch_size, settings.seed)
+    order = order[: count_steps(settings, len(pairs)) * settings.grad_accum]
+    eval_order = one_epoch(held_out, settings.batch_size)
+    tell(f"dpo       {len(pairs)} pairs, {len(held_out)} held out: reference log-probabilities")
+    reference = reference_logps(run, model, pairs, order)
+    eval_reference = reference_logps(run, model, held_out, eval_order)
+
+    def objective(model, batch):
+        logps = sequence_logps(model, batch.tokens, batch.loss_mask)  # [2B]
+        policy = logps.chunk(2)  # chosen [B], rejected [B]
+        ref = reference[batch.indices].to(logps).T  # [2, B]
+        losses, chosen, rejected = dpo_loss(*policy, *ref, **options)
+        return losses, reward_metrics(*policy, chosen, rejected)
+
+    def evaluate_pairs(model):
+        policy = pair_logps(model, held_out, eval_order, run.device)
+        return preference_metrics(policy, eval_reference, **options)
+
+    collate = partial(pair_batch, pairs, device=run.device)
+    run.train("dpo", model, objective, pair_lengths(pairs), collate, evaluate_pairs)
+    save_adapter(model, ["sft", "dpo"], run.out / "dpo", str(run.model_folder))
+
+
+def reference_logps(run: Run, model, pairs, order) -> torch.Tensor:
+    """log-probabilities of the pairs under base + sft, [n, 2], computed once and kept in state/.
+
+    The file's name is a hash of all that they depend on: weights, tokens, batches, dtype, device.
+    """
+    digest = hashlib.sha256(repr((pairs, order, run.dtype, run.device)).encode())
+    for name, tensor in model.state_dict().items():
+        if ".adapters.dpo." not in name:
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    path = run.out / "state" / f"reference-{digest.hexdigest()[:16]}.pt"
+    if path.exists():
+        return torch.load(path, weights_only=True)
+    with active_adapters(model, ["sft"]):
+        logps = pair_logps(model, pairs, order, run.device)
+    with whole_file(path) as file:
+        torch.save(logps, file)
+    return logps
+
+
+def evaluate(run: Run, model, tokenizer, held_out):
+    """Compare base, SFT and DPO; write eval.json, samples.md, curves.png and merged/."""
+    questions = list(dict.fromkeys(pair.prompt for pair in held_out))
+    questions = questions[: 160 if run.on_forum else 16]
+    new_tokens = 64 if run.on_forum else 128
+    seed, judged = run.args.seed, run.on_forum
+    table, greedy = compare(model, tokenizer, questions, run.device, new_tokens, seed, judged, tell)
+    held_out = last_evaluation(run.out / "metrics.jsonl")
+    bound = vote_bound(held_out) if judged else None
+    write_json(run.out / "eval.json", {"table": table, "held_out": held_out, "vote_bound": bound})
+    with whole_file(run.out / "samples.md") as file:
+        file.write(format_samples(questions, greedy).encode())
+    draw_curves(run.out / "metrics.jsonl", run.out / "curves.png", tell)
+    with active_adapters(model, ["dpo"]):
+        save_llama(model, run.out / "merged", tokenizer_from=run.model_folder)
+    tell(format_summary(table, held_out, bound, questions, greedy))
+
+
+if __name__ == "__main__":
+    run_command(main)
