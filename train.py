@@ -198,7 +198,7 @@ def reference_logps(run: Run, model, pairs, order) -> torch.Tensor:
     if path.exists():
         return torch.load(path, weights_only=True)
     with active_adapters(model, ["sft"]):
-        logps = pair_logps(model, pairs, order, run.device)
+        logps = pair_logps(model, pairs, order, run.device, tell)
     with whole_file(path) as file:
         torch.save(logps, file)
     return logps
@@ -207,19 +207,19 @@ def reference_logps(run: Run, model, pairs, order) -> torch.Tensor:
 def evaluate(run: Run, model, tokenizer, held_out):
     """Compare base, SFT and DPO; write eval.json, samples.md, curves.png and merged/."""
     questions = list(dict.fromkeys(pair.prompt for pair in held_out))
-    questions = questions[: 160 if run.on_forum else 16]
+    questions = questions[: 120 if run.on_forum else 16]
     new_tokens = 64 if run.on_forum else 128
     seed, judged = run.args.seed, run.on_forum
     table, greedy = compare(model, tokenizer, questions, run.device, new_tokens, seed, judged, tell)
-    held_out = last_evaluation(run.out / "metrics.jsonl")
+    rewards = last_evaluation(run.out / "metrics.jsonl")
     bound = vote_bound(held_out) if judged else None
-    write_json(run.out / "eval.json", {"table": table, "held_out": held_out, "vote_bound": bound})
+    write_json(run.out / "eval.json", {"table": table, "held_out": rewards, "vote_bound": bound})
     with whole_file(run.out / "samples.md") as file:
         file.write(format_samples(questions, greedy).encode())
     draw_curves(run.out / "metrics.jsonl", run.out / "curves.png", tell)
     with active_adapters(model, ["dpo"]):
         save_llama(model, run.out / "merged", tokenizer_from=run.model_folder)
-    tell(format_summary(table, held_out, bound, questions, greedy))
+    tell(format_summary(table, rewards, bound, questions, greedy))
 
 
 if __name__ == "__main__":

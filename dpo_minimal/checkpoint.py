@@ -126,9 +126,13 @@ def check_tensors(folder, model: Llama, weights: dict):
             )
 
 
-def config_json(config: LlamaConfig, dtype: torch.dtype) -> dict:
-    """A `config.json` that transformers reads."""
+def config_json(config: LlamaConfig, dtype: torch.dtype, source=None) -> dict:
+    """A `config.json` that transformers reads, with the special ids of the folder `source`."""
     fixed = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
+    if source and (Path(source) / "config.json").exists():
+        given = read_json(Path(source) / "config.json")
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        fixed |= {name: given[name] for name in names if name in given}
     return fixed | asdict(config) | {"torch_dtype": str(dtype).removeprefix("torch.")}
 
 
@@ -146,7 +150,7 @@ def save_llama(model: Llama, folder, dtype: torch.dtype = torch.bfloat16, tokeni
         return merged_weight(layers[name]) if name in layers else model.get_parameter(name)
 
     with whole_folder(folder) as folder:
-        write_json(folder / "config.json", config_json(model.config, dtype))
+        write_json(folder / "config.json", config_json(model.config, dtype, tokenizer_from))
         write_shards(folder, shapes, dtype, read)
         if tokenizer_from:
             copy_tokenizer(tokenizer_from, folder)
@@ -202,6 +206,7 @@ def save_adapter(model: Llama, names: list[str], folder, base_name: str = ""):
     """
     layers = lora_layers(model)
     chosen = {p: [a for n, a in x.adapters.items() if n in names] for p, x in layers.items()}
+    chosen = {path: adapters for path, adapters in chosen.items() if adapters}
     r = max(sum(len(adapter.lora_A) for adapter in some) for some in chosen.values())
     tensors = {}
     for path, adapters in chosen.items():
@@ -218,7 +223,7 @@ def save_adapter(model: Llama, names: list[str], folder, base_name: str = ""):
         "r": r,
         "lora_alpha": r,
         "lora_dropout": 0.0,
-        "target_modules": sorted({path.split(".")[-1] for path in layers}),
+        "target_modules": sorted({path.split(".")[-1] for path in chosen}),
         "inference_mode": True,
     }
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -240,6 +245,9 @@ def load_adapter(model: Llama, folder, name: str):
             raise InputError(
                 f"{folder}: the adapter has {key} = {config[key]!r}: not supported here"
             )
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), (int, float)):
+            raise InputError(f"{folder}: adapter_config.json has no number {key}")
     weights = open_safetensors(folder / "adapter_model.safetensors")
     paths = {key.removeprefix("base_model.model.").rsplit(".lora_", 1)[0]: None for key in weights}
     add_adapter(model, name, config["r"], config["lora_alpha"], targets=",".join(paths))

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import random
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,7 @@ def read_rows(path: Path):
             )
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (EOFError, UnicodeDecodeError) as error:
+    except (EOFError, UnicodeDecodeError, zlib.error) as error:
         raise InputError(f"{path}: not a whole UTF-8 text file ({error})") from None
 
 
@@ -81,7 +82,7 @@ def read_array(path, file):
 def parse_json(path, text: str, first_line: int):
     """The value of a JSON text that starts at `first_line`; InputError names the broken line."""
     try:
-        return json.loads(text)
+        return json.loads(text.rstrip())
     except json.JSONDecodeError as error:
         place = f"{path}, line {first_line + error.lineno - 1}, column {error.colno}"
         raise InputError(f"{place}: broken JSON ({error.msg})") from None
@@ -194,8 +195,10 @@ def hold_out(pairs: list[PreferencePair], seed: int, path):
     random.Random(seed).shuffle(questions)
     counts = Counter(pair.prompt for pair in pairs)
     wanted, held = max(16, len(pairs) // 20), set()
-    while questions and sum(counts[question] for question in held) < wanted:
-        held.add(questions.pop())
+    while questions and wanted > 0:
+        question = questions.pop()
+        held.add(question)
+        wanted -= counts[question]
     train = [pair for pair in pairs if pair.prompt not in held]
     if not train:
         raise InputError(f"{path}: {len(pairs)} pairs are too few to hold out 16: give --eval-data")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 from statistics import mean
 
@@ -15,18 +16,24 @@ from dpo_minimal.loss import dpo_loss, reward_metrics, sequence_logps
 
 
 @torch.no_grad()
-def pair_logps(model, pairs, order, device) -> torch.Tensor:
+def pair_logps(model, pairs, order, device, log=None) -> torch.Tensor:
     """log pi of both answers of each pair, float32 [n, 2]: chosen, rejected. NaN if not in order.
 
-    order: lists of indices, one a forward pass. Dropout is off and the random state stays.
+    order: lists of indices, one a forward pass. Dropout is off and the random state stays. log:
+    is told every five seconds how far it is.
     """
     logps = torch.full((len(pairs), 2), torch.nan)
     training = model.training
     model.eval()
-    for indices in order:
+    started = shown = time.perf_counter()
+    for done, indices in enumerate(order):
+        now = time.perf_counter()
+        if log and now - shown > 5:
+            shown, left = now, (now - started) / done * (len(order) - done)
+            log(f"reference batch {done:>4}/{len(order)}  {left:.0f} s left")
         batch = pair_batch(pairs, indices, device)
         rows = sequence_logps(model, batch.tokens, batch.loss_mask)  # [2 * len(indices)]
-        logps[indices] = rows.view(2, -1).T.cpu()
+        logps[indices] = rows.float().view(2, -1).T.cpu()
     model.train(training)
     return logps
 

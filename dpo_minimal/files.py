@@ -92,19 +92,24 @@ def open_safetensors(path) -> dict[str, LazyTensor]:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             start = 8 + int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(start - 8)) if start <= size else {"": None}
+            header = json.loads(file.read(start - 8)) if start <= size else None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError:
-        header = {"": None}
+        header = None
+    damaged = InputError(f"{path}: not a whole safetensors file (its header is damaged)")
+    if not isinstance(header, dict):
+        raise damaged
     tensors = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         try:
-            dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            dtype, shape, (first, last) = str(entry["dtype"]), entry["shape"], entry["data_offsets"]
+            if min(0, first, *shape) < 0:
+                raise damaged
         except (KeyError, TypeError, ValueError):
-            raise InputError(f"{path}: not a whole safetensors file (damaged header)") from None
+            raise damaged from None
         if dtype not in DTYPES:
             raise InputError(f"{path}: {name} has dtype {dtype}, which cannot be read here")
         if last - first != math.prod(shape) * DTYPES[dtype].itemsize or start + last > size:

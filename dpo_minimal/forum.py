@@ -1,7 +1,7 @@
 """A small question-and-answer forum with a judge who knows the truth.
 
-Real preference data has no ground truth; this closed world has. 60 facts, asked in 18 ways each,
-make 1,080 questions; each has 15 possible answers: right with its reason, right, wrong and sure of
+Real preference data has no ground truth; this closed world has. 40 facts, asked in 18 ways each,
+make 720 questions; each has 15 possible answers: right with its reason, right, wrong and sure of
 it, wrong, or off topic, each said politely, plainly or rudely. `judge` gives any text its true
 score, and a vote between two answers is Bradley-Terry's: P(j beats k) = sigmoid(score_j - score_k).
 Rows have the columns of the data set stack-exchange-paired.
@@ -63,27 +63,6 @@ TOPICS = [
     ),
     Topic(
         (
-            "Where does {} sleep?",
-            "What is the home of {} called?",
-            "Where should I look for {} at rest?",
-        ),
-        "The home of {} is {}.",
-        "I had soup for lunch.",
-        facts("""
-            a badger | a sett | a nest | It digs the tunnels with its strong claws.
-            an otter | a holt | a hive | The way in is often under the water.
-            a hare | a form | a burrow | It only presses a bed into the grass.
-            a squirrel | a drey | a sett | It weaves twigs and leaves high in a tree.
-            a bear | a den | a lodge | It keeps out the snow all winter.
-            a beaver | a lodge | a den | It is built of sticks in the middle of a pond.
-            a rabbit | a warren | a form | Whole families share the same tunnels.
-            a bee | a hive | a web | They keep it warm by shivering.
-            a horse | a stable | a kennel | It can even doze there standing up.
-            a hen | a coop | a stable | It keeps the fox out at night.
-        """),
-    ),
-    Topic(
-        (
             "What is a group of {} called?",
             "What do you call many {} together?",
             "Is there a special word for a group of {}?",
@@ -101,27 +80,6 @@ TOPICS = [
             fish | a school | a class | Swimming together confuses the hungry pike.
             flamingos | a flamboyance | a parade | It is hard to argue with all that pink.
             penguins | a waddle | a tower | Watch them walk and you will see.
-        """),
-    ),
-    Topic(
-        (
-            "How long do I boil {}?",
-            "How much time do {} need in the pot?",
-            "When are {} done if I boil them?",
-        ),
-        "Boil the {} for {}.",
-        "My neighbour has painted his fence blue.",
-        facts("""
-            eggs | nine minutes | an hour | The yolk is firm by then but not dry.
-            potatoes | twenty minutes | two minutes | A fork should slide in without a fight.
-            noodles | six minutes | a whole day | They should still have some bite.
-            peas | three minutes | an hour | They stay bright green that way.
-            beets | forty minutes | one minute | The skin should rub off under your thumb.
-            carrots | eight minutes | one second | They stay sweet and a little crisp.
-            lentils | half an hour | two minutes | They need no soaking at all.
-            beans | an hour | one minute | Soak them in the evening before.
-            chestnuts | fifteen minutes | a whole day | Cut a cross into the shell first.
-            leeks | ten minutes | one second | Wash the sand out between the layers.
         """),
     ),
     Topic(
@@ -194,7 +152,7 @@ class Question:
 
 
 def all_questions() -> list[Question]:
-    """Every question that can be asked, 1,080 of them, in a fixed order."""
+    """Every question that can be asked, 720 of them, in a fixed order."""
     questions = []
     for topic in TOPICS:
         for fact, wording, opener in itertools.product(topic.facts, topic.questions, OPENERS):
@@ -281,7 +239,7 @@ def make_forum(seed: int) -> dict[str, list[dict]]:
     rng = random.Random(seed)
     questions = list(QUESTIONS)
     rng.shuffle(questions)
-    held_out, known = questions[:160], questions[160:]
+    held_out, known = questions[:120], questions[120:]
 
     def rows(questions, each, ordered):
         order = [question for question in questions for _ in range(each)]
@@ -292,7 +250,7 @@ def make_forum(seed: int) -> dict[str, list[dict]]:
             yield {"qid": qid, "question": question, "response_j": j, "response_k": k}
 
     threads = []
-    for question in known * 16:
+    for question in known * 12:
         replies = rng.sample(candidates(question), 3)
         lines = [f"Topic: {question}", *(f"Reply: {reply}" for reply in replies)]
         threads.append({"text": "\n".join(lines)})
@@ -300,6 +258,6 @@ def make_forum(seed: int) -> dict[str, list[dict]]:
     return {
         "pretrain": threads,
         "finetune": list(rows(known, 3, ordered=False)),
-        "rl": list(rows(known, 4, ordered=True)),
+        "rl": list(rows(known, 6, ordered=True)),
         "evaluation": list(rows(held_out, 2, ordered=True)),
     }

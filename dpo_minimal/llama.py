@@ -62,11 +62,10 @@ class LlamaConfig:
         """Read a `config.json`. InputError names whatever it asks for and this file does not do."""
         given = dict(config_json)
         given.setdefault("model_type", None)
-        rope = (
-            given.pop("rope_parameters", None) or given.get("rope_scaling") or {}
-        )  # new, old name
+        key = "rope_parameters" if given.get("rope_parameters") else "rope_scaling"  # new, old
+        rope = given.pop(key, None) or {}
         given["rope_theta"] = rope.get("rope_theta") or given.get("rope_theta") or cls.rope_theta
-        given["rope_scaling"] = read_rope_scaling(rope)
+        given["rope_scaling"] = read_rope_scaling(key, rope)
         names = {field.name for field in fields(cls)}
         for key, value in given.items():
             # A key that is switched off (None, False, 0) or a private note asks for nothing.
@@ -79,14 +78,14 @@ class LlamaConfig:
             raise InputError(f"config.json lacks a field: {error}") from None
 
 
-def read_rope_scaling(rope: dict) -> dict | None:
+def read_rope_scaling(key: str, rope: dict) -> dict | None:
     """Llama 3's scaling out of a config's rope settings, None for none, InputError for others."""
     kind = rope.get("rope_type") or rope.get("type") or "default"
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     wanted = names if kind == "llama3" else ()
     extra = rope.keys() - {"rope_type", "type", "rope_theta", *wanted}
     if kind not in ("default", "llama3") or extra or any(name not in rope for name in wanted):
-        raise InputError(f"config.json asks for rope settings {rope!r}: not implemented here")
+        raise InputError(f"config.json asks for {key} = {rope!r}: not implemented here")
     return {"rope_type": kind} | {name: rope[name] for name in wanted} if wanted else None
 
 

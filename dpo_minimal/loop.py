@@ -62,7 +62,7 @@ def train(model, objective, order, collate, steps, settings, log, state_path, ev
     from it if it is there.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, weight_decay=settings.weight_decay, fused=True)
     first_step, num_tokens = 0, 0
     if state_path.exists():
         progress = load_state(state_path, model, optimizer)

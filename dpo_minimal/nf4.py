@@ -75,8 +75,9 @@ def scaled_blocks(values: torch.Tensor, block_size: int):
     """float32 [n] to blocks scaled into [-1, 1], [blocks, block_size], and absmax [blocks]."""
     blocks = F.pad(values, (0, -len(values) % block_size)).view(-1, block_size)
     absmax = blocks.abs().amax(dim=1)
-    # The reciprocal first, as in bitsandbytes: it decides some roundings. Zeros stay zeros.
-    inverse = torch.where(absmax > 0, 1 / absmax, 0)
+    # The reciprocal first, as in bitsandbytes: it decides some roundings. It is kept finite, so
+    # that zeros stay zeros.
+    inverse = 1 / absmax.clamp(min=1e-38)
     return blocks * inverse[:, None], absmax
 
 

@@ -19,9 +19,9 @@ PRODUCTS = {"pretrain": "base", "sft": "sft", "dpo": "dpo", "evaluate": "merged"
 # reward at the optimum is the true score: beta 0.1 would ask for log-ratios ten times as large.
 FORUM_FLAGS = {"beta": 1.0, "max_length": 128, "target_modules": "all"}
 FORUM = {
-    "pretrain": Settings(learning_rate=3e-3, batch_size=16),
-    "sft": Settings(learning_rate=2e-3, batch_size=8),
-    "dpo": Settings(learning_rate=1e-3, batch_size=16),
+    "pretrain": Settings(learning_rate=2e-3, batch_size=8, weight_decay=0.0),
+    "sft": Settings(learning_rate=2e-3, batch_size=8, epochs=3),
+    "dpo": Settings(learning_rate=1.5e-3, batch_size=32, epochs=2),
 }
 # Those of the blog's run on Llama 2 7B and stack-exchange-paired.
 BLOG_FLAGS = {"beta": 0.1, "max_length": 1024, "target_modules": "q_proj,v_proj"}

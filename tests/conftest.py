@@ -11,6 +11,8 @@ from dpo_minimal.checkpoint import save_llama
 from dpo_minimal.llama import Llama, LlamaConfig
 from dpo_minimal.tokenizer import Tokenizer, train_tokenizer
 
+torch.set_num_threads(1)  # tensors are tiny here: more threads would only wait for one another
+
 SHAPE = {
     "vocab_size": 420,
     "hidden_size": 16,

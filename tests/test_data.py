@@ -138,16 +138,21 @@ def test_dropped_pairs_are_counted_and_the_first_place_is_named(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    "bad", ['{"prompt": "Is it?", "chosen": }', '{"prompt": "Is', '{"prompt":']
+)
 @pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.json"])
-def test_a_broken_line_in_the_middle_is_named(tmp_path, name):
-    good, bad = json.dumps(PLAIN), '{"prompt": "Is it?", "chosen": }'
-    lines = [good, bad, good] if name == "pairs.jsonl" else ["[", f"{good},", f"{bad},", good, "]"]
+def test_a_broken_line_in_the_middle_is_named(tmp_path, name, bad):
+    good = json.dumps(PLAIN)
+    lines = [good, bad, good] if name == "pairs.jsonl" else ["[", f"{good},", bad, ",", good, "]"]
     path = tmp_path / name
     path.write_text("\n".join(lines))
-    number = lines.index(bad if name == "pairs.jsonl" else f"{bad},") + 1
     with pytest.raises(InputError, match="broken JSON") as caught:
         load_pairs(path, quiet)
-    assert f"{path}, line {number}, " in str(caught.value)
+    # In an array a value that is cut off is missed where the next line begins with something else.
+    number = lines.index(bad) + 1
+    numbers = [number] if name == "pairs.jsonl" else [number, number + 1]
+    assert any(f"{path}, line {n}, " in str(caught.value) for n in numbers)
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,14 @@ def open_meta_folder(folder) -> tuple[LlamaConfig, dict]:
         raise InputError(
             f"{folder}: not a Meta checkpoint ({str(error).splitlines()[0]})"
         ) from None
+    try:
+        return translate(folder, params, shards)
+    except KeyError as error:
+        raise InputError(f"{folder}: params.json or the weights lack {error}") from None
+
+
+def translate(folder, params: dict, shards: list[dict]) -> tuple[LlamaConfig, dict]:
+    """Meta's names, slices and parameters as ours; KeyError for what is missing."""
     heads = params["n_heads"]
     groups = params.get("n_kv_heads") or heads
     tensors = {}

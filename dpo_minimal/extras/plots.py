@@ -36,7 +36,8 @@ def draw_curves(metrics, picture, log=print):
             axis.set_title(f"{stage}: {name}")
             axis.set_xlabel("step")
             axis.set_visible(bool(axis.lines))
-            axis.legend(frameon=False)
+            if axis.lines:
+                axis.legend(frameon=False)
     figure.tight_layout()
     figure.savefig(picture, dpi=100)
     plt.close(figure)

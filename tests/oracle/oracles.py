@@ -1,6 +1,5 @@
 """What the parity tests share: one random Llama in both implementations, real files, a distance."""
 
-import json
 import os
 from pathlib import Path
 
@@ -8,12 +7,13 @@ import pytest
 import torch
 
 from dpo_minimal.checkpoint import load_llama
+from dpo_minimal.nf4 import NF4Weight
 
 NO_ORACLE = "the extra `oracle` is not installed: pip install '.[oracle]'"
 TINY = {
     "vocab_size": 96,
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -82,6 +82,15 @@ def real_file(name) -> Path:
     return path
 
 
-def real_pairs(count):
-    """The first preference pairs of the real data, as its rows."""
-    return json.loads(real_file("instruction_preferences.json").read_text("utf-8"))[:count]
+def nf4_from_bitsandbytes(packed, state) -> NF4Weight:
+    """The tensors of a bitsandbytes weight and its QuantState as ours."""
+    common = {"packed": packed.flatten(), "shape": tuple(state.shape), "dtype": state.dtype}
+    common["block_size"] = state.blocksize
+    if not state.nested:
+        return NF4Weight(**common, absmax=state.absmax)
+    return NF4Weight(
+        **common,
+        absmax_codes=state.absmax,
+        absmax_scale=state.state2.absmax,
+        absmax_offset=state.offset,
+    )

@@ -1,0 +1,220 @@
+"""Rewards on held-out pairs, KL, win rate, the bound of noisy votes, the table."""
+
+import json
+import math
+import random
+
+import pytest
+import torch
+from helpers import fill_adapter, tiny_llama
+
+from dpo_minimal import forum
+from dpo_minimal.data import EncodedPair, PreferencePair
+from dpo_minimal.evaluate import (
+    compare,
+    format_samples,
+    format_summary,
+    format_table,
+    judge_answers,
+    kl_estimate,
+    last_evaluation,
+    one_epoch,
+    pair_lengths,
+    pair_logps,
+    preference_metrics,
+    vote_bound,
+    win_rate,
+)
+from dpo_minimal.generate import sample
+from dpo_minimal.lora import active_adapters, add_adapter
+
+GOAT = "What is a baby goat called?"
+RIGHT, WRONG = "A young goat is called a kid.", "A young goat is called a lamb."
+OFF, POLITE = "The buses are late again.", f"Good question! {RIGHT}"  # scores 2, -1, -2, 3
+
+
+def two_adapters(dropout=0.0, **changes):
+    """A tiny Llama with a trained `sft` and a trained `dpo` on top, float32."""
+    model = tiny_llama(torch.float32, **changes)
+    add_adapter(model, "sft", r=2, targets="all", dropout=dropout)
+    fill_adapter(model, "sft", seed=2)
+    add_adapter(model, "dpo", r=2, targets="all", dropout=dropout)
+    fill_adapter(model, "dpo", seed=3)
+    return model
+
+
+def some_pairs(n=9):
+    """Encoded pairs of random ids and lengths."""
+    rng = random.Random(0)
+
+    def ids():
+        return [rng.randrange(3, 32) for _ in range(rng.randint(1, 6))]
+
+    return [EncodedPair([1, *ids()], [*ids(), 2], [*ids(), 2]) for _ in range(n)]
+
+
+def log_prob(model, prompt, answer):
+    """log pi(answer | prompt), token by token from the logits."""
+    logits = model(torch.tensor([prompt + answer]))[0].double().log_softmax(-1)
+    return sum(logits[len(prompt) - 1 + i, t].item() for i, t in enumerate(answer))
+
+
+def test_log_probs_of_pairs_are_in_the_pairs_order_whatever_the_batches_are():
+    model, pairs = two_adapters(), some_pairs()
+    expected = [[log_prob(model, p.prompt, a) for a in (p.chosen, p.rejected)] for p in pairs]
+    for order in ([[i] for i in range(9)], [[8, 0, 3], [1, 2], [7, 6, 5, 4]], one_epoch(pairs, 4)):
+        logps = pair_logps(model, pairs, order, "cpu")
+        assert logps.dtype == torch.float32 and not logps.requires_grad
+        torch.testing.assert_close(logps, torch.tensor(expected), rtol=0, atol=1e-4)
+    part = pair_logps(model, pairs, [[2, 5]], "cpu")
+    assert part.isnan().any(dim=1).tolist() == [i not in (2, 5) for i in range(9)]
+
+
+def test_the_reference_pass_has_no_dropout_and_leaves_mode_and_random_state():
+    model, pairs = two_adapters(dropout=0.5).train(), some_pairs()
+    state = torch.get_rng_state()
+    first, again = (pair_logps(model, pairs, [list(range(9))], "cpu") for _ in range(2))
+    assert torch.equal(first, again)
+    assert torch.equal(torch.get_rng_state(), state) and model.training
+
+
+def test_an_epoch_holds_every_pair_once_and_lengths_are_of_the_longer_row():
+    pairs = some_pairs(10)
+    assert sorted(i for batch in one_epoch(pairs, 4) for i in batch) == list(range(10))
+    assert pair_lengths([EncodedPair([1, 2], [3], [4, 5, 6]), EncodedPair([1], [2, 3], [4])]) == [
+        5,
+        3,
+    ]
+
+
+def test_metrics_of_pairs_by_hand():
+    # log-ratios: chosen 1, 0; rejected -1, 2, so margins times beta 0.5 are 1 and -1
+    reference = torch.tensor([[-10.0, -20.0], [-30.0, -40.0]])
+    policy = reference + torch.tensor([[1.0, -1.0], [0.0, 2.0]])
+    metrics = preference_metrics(policy, reference, beta=0.5)
+    softplus = [math.log(1 + math.exp(-1)), math.log(1 + math.exp(1))]
+    expected = {"loss": sum(softplus) / 2, "rewards/chosen": 0.25, "rewards/rejected": 0.25}
+    expected |= {"rewards/margins": 0, "rewards/accuracies": 0.5, "rewards/ties": 0}
+    expected |= {"logps/chosen": (-9 - 30) / 2, "logps/rejected": (-21 - 38) / 2}
+    assert metrics == pytest.approx(expected, abs=1e-6)
+
+
+# KL.
+
+
+def exact_kl(model, prompt):
+    """KL(policy || base + sft) of one next token, and the variance of its log-ratio."""
+    log_pi = model(torch.tensor([prompt]))[0, -1].double().log_softmax(-1)
+    with active_adapters(model, ["sft"]):
+        log_ref = model(torch.tensor([prompt]))[0, -1].double().log_softmax(-1)
+    ratio = log_pi - log_ref
+    kl = (log_pi.exp() * ratio).sum().item()
+    return kl, (log_pi.exp() * (ratio - kl) ** 2).sum().item()
+
+
+@torch.no_grad()
+def test_the_kl_estimate_finds_the_exact_kl_of_one_token():
+    model, prompt, n = two_adapters(), [1, 7, 9], 4000
+    kl, variance = exact_kl(model, prompt)
+    generator = torch.Generator().manual_seed(0)
+    answers = sample(model, [prompt] * n, 1, -1, 1.0, 1.0, generator)
+    estimate = kl_estimate(model, ["sft"], [prompt] * n, answers, "cpu", batch_size=500)
+    assert kl > 0.05  # so that zero is not within the bound
+    assert abs(estimate - kl) < 5 * math.sqrt(variance / n) < kl / 2
+
+
+@torch.no_grad()
+def test_the_kl_estimate_is_the_mean_log_ratio_of_the_answers():
+    model, pairs = two_adapters(), some_pairs(7)
+    expected = [log_prob(model, p.prompt, p.chosen) for p in pairs]
+    with active_adapters(model, ["sft"]):
+        reference = [log_prob(model, p.prompt, p.chosen) for p in pairs]
+    mean = sum(a - b for a, b in zip(expected, reference, strict=True)) / 7
+    prompts, answers = [p.prompt for p in pairs], [p.chosen for p in pairs]
+    estimate = kl_estimate(model, ["sft"], prompts, answers, "cpu", batch_size=3)
+    assert estimate == pytest.approx(mean, abs=1e-4)
+    with active_adapters(model, ["sft"]):  # the reference against itself
+        assert kl_estimate(model, ["sft"], prompts, answers, "cpu") == 0
+
+
+# The judge's numbers.
+
+
+def test_a_win_counts_one_and_a_tie_half():
+    theirs = [RIGHT] * 4
+    assert win_rate([GOAT] * 4, [POLITE, RIGHT, WRONG, OFF], theirs) == (1 + 0.5 + 0 + 0) / 4
+    assert win_rate([GOAT], [POLITE], [OFF]) == 1 and win_rate([GOAT], [OFF], [POLITE]) == 0
+    assert win_rate([GOAT] * 2, theirs[:2], theirs[:2]) == 0.5
+
+
+def test_scores_and_shares_by_hand():
+    judged = judge_answers([GOAT] * 4, [POLITE, RIGHT, WRONG, f"Good question! {OFF}"])
+    assert judged == {
+        "true_score": (3 + 2 - 1 - 1) / 4,
+        "share_right": 0.5,
+        "share_polite": 0.5,
+    }
+
+
+def test_the_bound_of_noisy_votes_by_hand():
+    # gaps 1 and -4 (a vote against the truth): the truth wins with sigmoid(1) and sigmoid(4)
+    pairs = [PreferencePair(GOAT, POLITE, RIGHT), PreferencePair(GOAT, OFF, RIGHT)]
+    expected = (1 / (1 + math.exp(-1)) + 1 / (1 + math.exp(-4))) / 2
+    assert vote_bound(pairs) == pytest.approx(expected, rel=1e-12)
+    assert vote_bound([PreferencePair(GOAT, RIGHT, RIGHT)]) == 0.5
+
+
+def test_the_bound_is_what_the_truth_gets_on_the_forums_own_votes():
+    pairs = [
+        PreferencePair(row["question"], row["response_j"], row["response_k"])
+        for row in forum.make_forum(1)["rl"]
+    ]
+    gaps = [forum.judge(p.prompt, p.chosen) - forum.judge(p.prompt, p.rejected) for p in pairs]
+    agreed = sum((gap > 0) + 0.5 * (gap == 0) for gap in gaps) / len(pairs)
+    assert abs(vote_bound(pairs) - agreed) < 5 * math.sqrt(0.25 / len(pairs))
+
+
+# What is printed and written.
+
+
+def test_base_sft_and_dpo_are_asked_with_their_own_adapters(tokenizer):
+    model = two_adapters(vocab_size=420, max_position_embeddings=64)
+    questions = list(forum.QUESTIONS)[:10]
+    table, greedy = compare(model, tokenizer, questions, "cpu", 4, 0, True, lambda text: None)
+    assert table.keys() == greedy.keys() == {"base", "SFT", "DPO"}
+    assert len(greedy["base"]) == 8 and len({tuple(texts) for texts in greedy.values()}) == 3
+    assert table["SFT"]["kl_to_sft"] == 0 != table["base"]["kl_to_sft"]
+    # random models talk nonsense: neither right nor wrong, and at most 3 off for it
+    assert all(-5 <= row["true_score"] <= -1 for row in table.values())
+    assert "win_rate_against_sft" in table["DPO"] and "win_rate_against_sft" not in table["SFT"]
+    unjudged, _ = compare(model, tokenizer, ["Who?"], "cpu", 4, 0, False, lambda text: None)
+    assert unjudged["DPO"].keys() == {"kl_to_sft"}
+
+
+def test_the_table_has_a_row_a_model_and_a_dash_for_what_is_unknown():
+    table = {"SFT": {"true_score": -0.5, "kl_to_sft": 0.0}}
+    table["DPO"] = {"true_score": 1.25, "kl_to_sft": 3.0, "win_rate_against_sft": 0.75}
+    assert format_table(table).splitlines() == [
+        "| model | true score | wins against SFT | KL to SFT |",
+        "|---|---|---|---|",
+        "| SFT | -0.50 | - | 0.00 |",
+        "| DPO | +1.25 | 75% | 3.00 |",
+    ]
+
+
+def test_samples_and_summary_show_questions_with_every_answer():
+    greedy = {"SFT": ["s1", "s2", "s3", "s4"], "DPO": ["d1", "d2", "d3", "d4"]}
+    text = format_samples(["q1", "q2", "q3", "q4", "q5"], greedy)
+    assert text.startswith("### q1\n\n- **SFT**: s1\n- **DPO**: d1\n")
+    assert "q4" in text and "q5" not in text
+    held_out = {"eval_rewards/accuracies": 0.8125, "eval_rewards/margins": 1.5, "eval_loss": 0.5}
+    summary = format_summary({"SFT": {"kl_to_sft": 0.0}}, held_out, 0.9, ["q1"] * 5, greedy)
+    assert "0.812" in summary and "0.900" in summary and "+1.500" in summary
+    assert summary.count("### ") == 3
+
+
+def test_the_last_evaluation_of_the_metrics_counts(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": 0, "eval_loss": 0.7}, {"step": 4, "eval_loss": 0.5, "eval_x": 1}, {"loss": 9}]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    assert last_evaluation(path) == {"eval_loss": 0.5, "eval_x": 1}
