@@ -8,6 +8,7 @@ The stages, in order: pretrain (only without --model), sft, dpo, evaluate. Read 
 
 import hashlib
 import json
+import tempfile
 from functools import partial
 
 import torch
@@ -53,10 +54,16 @@ TINY_LLAMA = LlamaConfig(
     max_position_embeddings=256,
     tie_word_embeddings=True,
 )
+# So that transformers reads the tokenizer of base/ and merged/ as it reads Llama 2's.
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "LlamaTokenizer",
+    **{"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    **{"add_bos_token": True, "add_eos_token": False},
+}
 
 
 def main():
-    """Read and check everything, then the stages in order; each saves what the next one reads."""
+    """Read and check everything, then the stages in order: each saves what the next one reads."""
     run = read_run(__doc__)
     check_targets(run)
     if run.on_forum:
@@ -114,18 +121,19 @@ def make_forum_data(run: Run):
 def pretrain(run: Run):
     """Make a tokenizer and a tiny Llama that has read the forum's threads: base/."""
     texts = [row["text"] for _, row in read_rows(run.out / "data" / "pretrain" / "forum.jsonl")]
-    with whole_folder(run.out / "tokenizer") as folder:
-        tokenizer = train_tokenizer(texts, TINY_LLAMA.vocab_size, folder / "tokenizer.model")
-    tell(f"tokenizer {tokenizer.vocab_size} pieces from {len(texts)} threads")
-    examples = [([tokenizer.bos_id], tokenizer.encode(text, eos=True)) for text in texts]
-    rows = pack([1 + len(tokens) for _, tokens in examples], run.args.max_length)
     torch.manual_seed(run.args.seed)
     model = Llama(TINY_LLAMA).to(run.device)
-    lengths = [run.args.max_length] * len(rows)
-    run.train(
-        "pretrain", model, token_objective, lengths, collate_packed(examples, rows, run.device)
-    )
-    save_llama(model, run.out / "base", tokenizer_from=run.out / "tokenizer")
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = train_tokenizer(texts, TINY_LLAMA.vocab_size, f"{folder}/tokenizer.model")
+        write_json(f"{folder}/tokenizer_config.json", TOKENIZER_CONFIG)
+        tell(f"tokenizer {tokenizer.vocab_size} pieces from {len(texts)} threads")
+        examples = [([tokenizer.bos_id], tokenizer.encode(text, eos=True)) for text in texts]
+        rows = pack([1 + len(tokens) for _, tokens in examples], run.args.max_length)
+        collate = collate_packed(examples, rows, run.device)
+        lengths = [run.args.max_length] * len(rows)
+        run.train("pretrain", model, token_objective, lengths, collate)
+        save_llama(model, run.out / "base", tokenizer_from=folder)
+    run.state_path("pretrain").unlink(missing_ok=True)
 
 
 def collate_packed(examples, rows, device):
@@ -147,6 +155,7 @@ def sft(run: Run, model, examples):
     lengths = [max_length] * len(rows)
     run.train("sft", model, token_objective, lengths, collate_packed(examples, rows, run.device))
     save_adapter(model, ["sft"], run.out / "sft", str(run.model_folder))
+    run.state_path("sft").unlink(missing_ok=True)
 
 
 def add_run_adapter(run: Run, model, name: str):
@@ -183,6 +192,7 @@ def dpo(run: Run, model, pairs, held_out):
     collate = partial(pair_batch, pairs, device=run.device)
     run.train("dpo", model, objective, pair_lengths(pairs), collate, evaluate_pairs)
     save_adapter(model, ["sft", "dpo"], run.out / "dpo", str(run.model_folder))
+    run.state_path("dpo").unlink(missing_ok=True)
 
 
 def reference_logps(run: Run, model, pairs, order) -> torch.Tensor:
@@ -212,6 +222,7 @@ def evaluate(run: Run, model, tokenizer, held_out):
     seed, judged = run.args.seed, run.on_forum
     table, greedy = compare(model, tokenizer, questions, run.device, new_tokens, seed, judged, tell)
     rewards = last_evaluation(run.out / "metrics.jsonl")
+    table["DPO"]["reward_accuracy"] = rewards["eval_rewards/accuracies"]
     bound = vote_bound(held_out) if judged else None
     write_json(run.out / "eval.json", {"table": table, "held_out": rewards, "vote_bound": bound})
     with whole_file(run.out / "samples.md") as file:

@@ -132,6 +132,7 @@ COLUMNS = {
     "share_polite": ("polite", "{:.0%}"),
     "win_rate_against_sft": ("wins against SFT", "{:.0%}"),
     "kl_to_sft": ("KL to SFT", "{:.2f}"),
+    "reward_accuracy": ("reward accuracy", "{:.3f}"),
 }
 
 
@@ -150,7 +151,9 @@ def format_samples(questions, greedy: dict) -> str:
     """Questions with every variant's greedy answer, as Markdown."""
     blocks = []
     for i, question in enumerate(questions[: len(next(iter(greedy.values())))]):
-        answers = "\n".join(f"- **{name}**: {answers[i]}" for name, answers in greedy.items())
+        # Further lines of an answer are indented, to stay within its list item.
+        texts = {name: answers[i].replace("\n", "\n  ") for name, answers in greedy.items()}
+        answers = "\n".join(f"- **{name}**: {text}" for name, text in texts.items())
         blocks.append(f"### {question}\n\n{answers}\n")
     return "\n".join(blocks)
 
@@ -164,11 +167,9 @@ def last_evaluation(path) -> dict[str, float]:
 
 def format_summary(table, held_out, bound, questions, greedy) -> str:
     """What a run prints at its end: the table, the held-out accuracy, three questions answered."""
-    accuracy = (
-        f"implicit-reward accuracy on held-out pairs {held_out['eval_rewards/accuracies']:.3f}"
-    )
+    text = f"held-out pairs: reward accuracy {held_out['eval_rewards/accuracies']:.3f}"
     if bound is not None:
-        accuracy += f" (the truth itself agrees with {bound:.3f} of the noisy votes)"
-    margin = f"margin {held_out['eval_rewards/margins']:+.3f}, loss {held_out['eval_loss']:.4f}"
+        text += f" (the truth itself agrees with {bound:.3f} of the noisy votes)"
+    text += f", margin {held_out['eval_rewards/margins']:+.3f}, loss {held_out['eval_loss']:.4f}"
     three = {name: answers[:3] for name, answers in greedy.items()}
-    return f"\n{format_table(table)}\n\n{accuracy}, {margin}\n\n{format_samples(questions, three)}"
+    return f"\n{format_table(table)}\n\n{text}\n\n{format_samples(questions, three)}"

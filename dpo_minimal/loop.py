@@ -7,7 +7,6 @@ states that an interrupted run goes on from, bit for bit. Read `train` from top 
 import itertools
 import json
 import math
-import resource
 import sys
 import time
 from collections import Counter
@@ -37,10 +36,14 @@ class Settings:
     seed: int = 0
 
 
+def steps_per_epoch(settings: Settings, num_examples: int) -> float:
+    """Optimizer steps that see every row or pair once."""
+    return math.ceil(num_examples / settings.batch_size) / settings.grad_accum
+
+
 def count_steps(settings: Settings, num_examples: int) -> int:
     """Optimizer steps of a stage."""
-    batches = math.ceil(num_examples / settings.batch_size)
-    steps = math.ceil(settings.epochs * batches / settings.grad_accum)
+    steps = math.ceil(settings.epochs * steps_per_epoch(settings, num_examples))
     return steps if settings.max_steps is None else min(steps, settings.max_steps)
 
 
@@ -100,7 +103,6 @@ def train(model, objective, order, collate, steps, settings, log, state_path, ev
             grad_norm=float(grad_norm),
             learning_rate=rate,
             num_tokens=num_tokens,
-            epoch=round((step + 1) * settings.epochs / steps, 4),
             tokens_per_second=round(tokens / seconds, 1),
         )
         if settings.save_every and (step + 1) % settings.save_every == 0:
@@ -113,6 +115,10 @@ def peak_memory_gb() -> float:
     """The most memory held so far: the GPU's where one is used, else the process's."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 1e9
+    if sys.platform == "win32":
+        return 0.0  # not to be had from Python alone
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
@@ -120,8 +126,9 @@ def peak_memory_gb() -> float:
 class Log:
     """A stage's lines in metrics.jsonl, and its progress on the screen every two seconds."""
 
-    def __init__(self, path, stage: str, steps: int):
+    def __init__(self, path, stage: str, steps: int, steps_per_epoch: float = math.inf):
         self.path, self.stage, self.steps = Path(path), stage, steps
+        self.steps_per_epoch = steps_per_epoch
         self.started = self.shown = None
 
     def rewind(self, step: int):
@@ -137,6 +144,7 @@ class Log:
         """Append a line; `prefix` marks the metrics of an evaluation."""
         row = {"stage": self.stage, "step": step}
         row |= {prefix + name: value for name, value in metrics.items()}
+        row["epoch"] = round((step + (not prefix)) / self.steps_per_epoch, 4)
         row["peak_memory_gb"] = round(peak_memory_gb(), 3)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -149,12 +157,9 @@ class Log:
     def show(self, step: int, row: dict, prefix: str, now: float):
         """One line: stage, step of steps, loss, margin, tokens a second, time left."""
         text = f"{self.stage:9}"
-        text += "held out " if prefix else f"step {step + 1:>4}/{self.steps} "
-        for name, form in (
-            ("loss", ".6f"),
-            ("rewards/margins", "+.3f"),
-            ("rewards/accuracies", ".2f"),
-        ):
+        text += f"step {step:>4} held out " if prefix else f"step {step + 1:>4}/{self.steps} "
+        forms = {"loss": ".6f", "rewards/margins": "+.3f", "rewards/accuracies": ".2f"}
+        for name, form in forms.items():
             if prefix + name in row:
                 text += f" {name.split('/')[-1]} {row[prefix + name]:{form}}"
         if not prefix:

@@ -10,7 +10,7 @@ import torch
 from dpo_minimal import InputError
 from dpo_minimal.data import batch_order
 from dpo_minimal.files import read_json, write_json
-from dpo_minimal.loop import Log, Settings, count_steps, train
+from dpo_minimal.loop import Log, Settings, count_steps, steps_per_epoch, train
 
 # In order: each stage and the folder that it leaves behind.
 PRODUCTS = {"pretrain": "base", "sft": "sft", "dpo": "dpo", "evaluate": "merged"}
@@ -19,16 +19,23 @@ PRODUCTS = {"pretrain": "base", "sft": "sft", "dpo": "dpo", "evaluate": "merged"
 # reward at the optimum is the true score: beta 0.1 would ask for log-ratios ten times as large.
 FORUM_FLAGS = {"beta": 1.0, "max_length": 128, "target_modules": "all"}
 FORUM = {
-    "pretrain": Settings(learning_rate=2e-3, batch_size=8, weight_decay=0.0),
-    "sft": Settings(learning_rate=2e-3, batch_size=8, epochs=3),
-    "dpo": Settings(learning_rate=1.5e-3, batch_size=32, epochs=2),
+    "pretrain": Settings(learning_rate=2e-3, batch_size=8, weight_decay=0.0, save_every=200),
+    "sft": Settings(learning_rate=2e-3, batch_size=8, epochs=3, save_every=100),
+    "dpo": Settings(learning_rate=1.5e-3, batch_size=32, epochs=2, eval_every=100, save_every=50),
 }
 # Those of the blog's run on Llama 2 7B and stack-exchange-paired.
 BLOG_FLAGS = {"beta": 0.1, "max_length": 1024, "target_modules": "q_proj,v_proj"}
 BLOG = {
-    "sft": Settings(learning_rate=1e-4, batch_size=4, grad_accum=2),
-    "dpo": Settings(learning_rate=5e-4, batch_size=4, grad_accum=4),
+    "sft": Settings(learning_rate=1e-4, batch_size=4, grad_accum=2, save_every=100),
+    "dpo": Settings(learning_rate=5e-4, batch_size=4, grad_accum=4, eval_every=100, save_every=100),
 }
+
+
+def positive(text: str) -> int:
+    """A flag's whole number above 0."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -48,17 +55,17 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--label-smoothing", type=float, default=0.0, help="cDPO: the share of wrong votes")
     add = parser.add_argument_group("training, by default as each stage needs").add_argument
     add("--learning-rate", type=float)
-    add("--batch-size", type=int, help="pairs, or packed rows, a forward pass")
-    add("--grad-accum", type=int, help="forward passes a step")
+    add("--batch-size", type=positive, help="pairs, or packed rows, a forward pass")
+    add("--grad-accum", type=positive, help="forward passes a step")
     add("--epochs", type=float)
-    add("--max-steps", type=int, help="cap of each stage")
+    add("--max-steps", type=positive, help="cap of each stage")
     add("--warmup-steps", type=int, help="a tenth of the steps")
     add("--eval-every", type=int, help="steps between evaluations; 0: only at the end")
     add("--save-every", type=int, help="steps between saved states; 0: never")
     add("--seed", type=int, default=0)
     add = parser.add_argument_group("model").add_argument
-    add("--max-length", type=int, help="tokens of prompt + answer (1024; forum 128)")
-    add("--lora-r", type=int, default=8)
+    add("--max-length", type=positive, help="tokens of prompt + answer (1024; forum 128)")
+    add("--lora-r", type=positive, default=8)
     add("--lora-alpha", type=float, default=16)
     add("--lora-dropout", type=float, default=0.05)
     add("--target-modules", help="linear layers, or all (q_proj,v_proj; forum all)")
@@ -104,9 +111,16 @@ class Run:
         if self.args.compile:
             for block in model.model.layers:
                 block.compile()
-        log = Log(self.out / "metrics.jsonl", stage, steps)
-        state = self.out / "state" / f"{stage}.pt"
+        epoch = steps_per_epoch(settings, len(lengths))
+        log = Log(self.out / "metrics.jsonl", stage, steps, epoch)
+        state = self.state_path(stage)
+        if not self.args.resume:
+            state.unlink(missing_ok=True)
         train(model, objective, order, collate, steps, settings, log, state, evaluate)
+
+    def state_path(self, stage: str) -> Path:
+        """Where an interrupted stage is kept; it goes when the stage's product is there."""
+        return self.out / "state" / f"{stage}.pt"
 
     def start(self):
         """Make the folder and write config.json: all settings and versions."""
@@ -140,8 +154,7 @@ def read_run(description: str) -> Run:
     if args.resume and changed:
         flag = changed[0].replace("_", "-")
         raise InputError(f"{out}: --{flag} was {saved[changed[0]]} here: resume without changes")
-    if args.data and not args.model:
-        raise InputError("--data needs --model: the tiny Llama made here knows the forum only")
+    check_flags(args)
     check_folder(out, args)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
@@ -152,11 +165,23 @@ def read_run(description: str) -> Run:
     return Run(args, out, device, getattr(torch, dtype), settings)
 
 
+def check_flags(args):
+    """InputError for flags that make no sense, alone or together."""
+    if args.data and not args.model:
+        raise InputError("--data needs --model: the tiny Llama made here knows the forum only")
+    if args.stage == "pretrain" and args.model:
+        raise InputError("--stage pretrain makes the forum's own model: leave out --model")
+    if args.label_smoothing and args.loss != "sigmoid":
+        raise InputError(f"--label-smoothing goes with --loss sigmoid, not {args.loss}")
+    if not 0 <= args.label_smoothing < 0.5 or args.beta <= 0:
+        raise InputError("--label-smoothing must be in [0, 0.5), --beta above 0")
+    if (args.device or "").startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {args.device}: torch finds no GPU here")
+
+
 def check_folder(out: Path, args):
     """InputError if the run would overwrite another one, or lacks an earlier stage's product."""
     stages = list(PRODUCTS)[bool(args.model) :]
-    if args.stage == "pretrain" and args.model:
-        raise InputError("--stage pretrain makes the forum's own model: leave out --model")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file: give --out another name")
     filled = out.exists() and any(out.iterdir())

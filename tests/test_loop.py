@@ -9,7 +9,7 @@ from helpers import fill_adapter, random_tokens, tiny_llama
 
 from dpo_minimal.data import EncodedPair, batch_order, packed_batch, pair_batch
 from dpo_minimal.evaluate import pair_logps
-from dpo_minimal.loop import Log, Settings, count_steps, learning_rate, train
+from dpo_minimal.loop import Log, Settings, count_steps, learning_rate, steps_per_epoch, train
 from dpo_minimal.lora import active_adapters, add_adapter
 from dpo_minimal.loss import dpo_loss, reward_metrics, sequence_logps, token_logps
 from dpo_minimal.nf4 import quantize_model
@@ -49,7 +49,8 @@ def run(folder, model, settings, steps=6, order=None, collate=sft_collate, **mor
     """Train in a folder, on SFT unless told otherwise; returns the rows of its metrics.jsonl."""
     folder.mkdir(exist_ok=True)
     order = order or batch_order(LENGTHS, settings.batch_size, settings.seed)
-    log = Log(folder / "metrics.jsonl", "sft", steps)
+    epoch = steps_per_epoch(settings, len(LENGTHS))
+    log = Log(folder / "metrics.jsonl", "sft", steps, epoch)
     objective = more.pop("objective", sft_objective)
     train(model, objective, order, collate, steps, settings, log, folder / "sft.pt", **more)
     return rows_of(folder)
@@ -248,7 +249,9 @@ def test_every_step_is_a_line_and_evaluations_come_between(tmp_path):
     batches = list(zip(range(4), batch_order(LENGTHS, 3, 0), strict=False))
     counts = [sum(LENGTHS[i] + 1 for i in batch) for _, batch in batches]
     assert first["num_tokens"] == sum(counts[:2]) and second["num_tokens"] == sum(counts)
-    assert [r["epoch"] for r in rows if "loss" in r] == pytest.approx([0.6, 1.2, 1.8, 2.4, 3.0])
+    # 12 examples are 4 batches, so 2 steps an epoch; an evaluation comes before its step
+    assert [r["epoch"] for r in rows if "loss" in r] == [0.5, 1.0, 1.5, 2.0, 2.5]
+    assert [r["epoch"] for r in rows if "eval_loss" in r] == [0.0, 1.0, 2.0, 2.5]
 
 
 def test_the_logged_loss_is_that_of_all_micro_batches(tmp_path):
