@@ -167,7 +167,7 @@ def add_run_adapter(run: Run, model, name: str):
 
 def dpo(run: Run, model, pairs, held_out):
     """Train the adapter `dpo` on top of the frozen `sft`: the reference is `dpo` switched off."""
-    settings, args = run.settings["dpo"], run.args
+    settings, args = run.fitted("dpo", len(pairs)), run.args
     options = dict(beta=args.beta, label_smoothing=args.label_smoothing, kind=args.loss)
     add_run_adapter(run, model, "dpo")
     # In the batches of the first epoch, so that step 0 compares equal computations: ln 2 exactly.

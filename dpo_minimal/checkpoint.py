@@ -77,7 +77,11 @@ def read_config(folder) -> LlamaConfig:
         raise InputError(f"{folder}: no such model folder")
     if is_meta_folder(folder):
         return open_meta_folder(folder)[0]
-    return LlamaConfig.from_dict(read_json(folder / "config.json"))
+    config_json = read_json(folder / "config.json")
+    try:
+        return LlamaConfig.from_dict(config_json)
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from None
 
 
 def load_llama(folder, device="cpu", dtype=torch.float32, quantize: str | None = "nf4") -> Llama:

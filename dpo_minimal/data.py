@@ -153,11 +153,11 @@ def load_pairs(path, log=print) -> list[PreferencePair]:
             dropped.setdefault(reason, []).append(place)
         else:
             pairs.append(pair)
-    for reason, places in dropped.items():
-        log(f"{path}: dropped {len(places)} {reason} (the first: {places[0]})")
     if not pairs:
         why = "; ".join(f"{len(p)} {reason}, the first at {p[0]}" for reason, p in dropped.items())
         raise InputError(f"{path}: no usable preference pair ({why or 'no entries'})")
+    for reason, places in dropped.items():
+        log(f"{path}: dropped {len(places)} {reason} (the first: {places[0]})")
     return pairs
 
 

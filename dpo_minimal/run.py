@@ -17,14 +17,20 @@ PRODUCTS = {"pretrain": "base", "sft": "sft", "dpo": "dpo", "evaluate": "merged"
 
 # The forum's own settings. There an answer is one of 15, some 2.7 nats of choice, and the implicit
 # reward at the optimum is the true score: beta 0.1 would ask for log-ratios ten times as large.
-FORUM_FLAGS = {"beta": 1.0, "max_length": 128, "target_modules": "all"}
+FORUM_FLAGS = {
+    **{"beta": 1.0, "max_length": 128, "target_modules": "all"},
+    "gradient_checkpointing": False,
+}
 FORUM = {
     "pretrain": Settings(learning_rate=2e-3, batch_size=8, weight_decay=0.0, save_every=200),
     "sft": Settings(learning_rate=2e-3, batch_size=8, epochs=3, save_every=100),
     "dpo": Settings(learning_rate=1.5e-3, batch_size=32, epochs=2, eval_every=100, save_every=50),
 }
 # Those of the blog's run on Llama 2 7B and stack-exchange-paired.
-BLOG_FLAGS = {"beta": 0.1, "max_length": 1024, "target_modules": "q_proj,v_proj"}
+BLOG_FLAGS = {
+    **{"beta": 0.1, "max_length": 1024, "target_modules": "q_proj,v_proj"},
+    "gradient_checkpointing": True,
+}
 BLOG = {
     "sft": Settings(learning_rate=1e-4, batch_size=4, grad_accum=2, save_every=100),
     "dpo": Settings(learning_rate=5e-4, batch_size=4, grad_accum=4, eval_every=100, save_every=100),
@@ -72,7 +78,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--no-quantize", action="store_true", help="LoRA instead of QLoRA")
     add("--dtype", choices=["float32", "bfloat16"], help="bfloat16 on a GPU, else float32")
     add("--device", help="cuda if there is one, else cpu")
-    add("--gradient-checkpointing", action="store_true", help="less memory, more time")
+    on_off = argparse.BooleanOptionalAction
+    add("--gradient-checkpointing", action=on_off, help="less memory, more time (on; forum off)")
     add("--compile", action="store_true", help="torch.compile each block")
     return parser
 
@@ -102,9 +109,18 @@ class Run:
         wanted = self.args.stage in (None, stage) and not (stage == "pretrain" and self.args.model)
         return wanted and not (self.out / PRODUCTS[stage]).exists()
 
+    def fitted(self, stage: str, num_examples: int) -> Settings:
+        """A stage's settings; without flags, steps so small that an epoch has at least 32."""
+        settings = self.settings[stage]
+        if self.args.batch_size or self.args.grad_accum:
+            return settings
+        batch_size = min(settings.batch_size, max(1, num_examples // 32))
+        grad_accum = min(settings.grad_accum, max(1, num_examples // (32 * batch_size)))
+        return replace(settings, batch_size=batch_size, grad_accum=grad_accum)
+
     def train(self, stage: str, model, objective, lengths, collate, evaluate=None):
         """The loop with this stage's settings, log and state."""
-        settings = self.settings[stage]
+        settings = self.fitted(stage, len(lengths))
         steps = count_steps(settings, len(lengths))
         order = batch_order(lengths, settings.batch_size, settings.seed)
         model.gradient_checkpointing = self.args.gradient_checkpointing
