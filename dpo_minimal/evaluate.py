@@ -81,6 +81,7 @@ def judge_answers(questions, answers) -> dict[str, float]:
         "true_score": mean(map(forum.judge, questions, answers)),
         "share_right": mean(grade.right for grade in grades),
         "share_polite": mean(grade.polite for grade in grades),
+        "share_garbled": mean(grade.garbled > 0 for grade in grades),
     }
 
 
@@ -130,6 +131,7 @@ COLUMNS = {
     "true_score": ("true score", "{:+.2f}"),
     "share_right": ("right", "{:.0%}"),
     "share_polite": ("polite", "{:.0%}"),
+    "share_garbled": ("garbled", "{:.0%}"),
     "win_rate_against_sft": ("wins against SFT", "{:.0%}"),
     "kl_to_sft": ("KL to SFT", "{:.2f}"),
     "reward_accuracy": ("reward accuracy", "{:.3f}"),

@@ -148,11 +148,12 @@ def test_a_win_counts_one_and_a_tie_half():
 
 
 def test_scores_and_shares_by_hand():
-    judged = judge_answers([GOAT] * 4, [POLITE, RIGHT, WRONG, f"Good question! {OFF}"])
-    assert judged == {
-        "true_score": (3 + 2 - 1 - 1) / 4,
+    answers = [POLITE, RIGHT, f"{WRONG} Zork.", f"Good question! {OFF}"]
+    assert judge_answers([GOAT] * 4, answers) == {
+        "true_score": (3 + 2 - 1.25 - 1) / 4,
         "share_right": 0.5,
         "share_polite": 0.5,
+        "share_garbled": 0.25,
     }
 
 

@@ -340,7 +340,7 @@ def test_a_run_on_the_forum_makes_its_model_and_judges_it(forum_run):
     assert abs(dpo[0]["loss"] - LN2) <= 2**-25 and dpo[0]["rewards/margins"] == 0
     result = json.loads((forum_run / "eval.json").read_text())
     assert result["table"].keys() == {"base", "SFT", "DPO"}
-    judged = {"true_score", "share_right", "share_polite"}
+    judged = {"true_score", "share_right", "share_polite", "share_garbled"}
     told = {"win_rate_against_sft", "kl_to_sft", "reward_accuracy"}
     assert result["table"]["DPO"].keys() == judged | told
     assert 0.5 < result["vote_bound"] < 1 and result["table"]["SFT"]["kl_to_sft"] == 0

@@ -1,13 +1,14 @@
 """Curves of a run, where matplotlib is installed."""
 
 import json
+import math
 from pathlib import Path
 
-PANELS = ("loss", "rewards/margins", "rewards/accuracies", "grad_norm")
+REWARDS = [["rewards/chosen", "rewards/rejected"], ["rewards/margins"], ["rewards/accuracies"]]
 
 
 def draw_curves(metrics, picture, log=print):
-    """Draw a metrics.jsonl as curves.png: the loss of every stage, the rewards of DPO."""
+    """Draw a metrics.jsonl as a picture: the loss of every stage, then the rewards of DPO."""
     try:
         import matplotlib
 
@@ -18,26 +19,28 @@ def draw_curves(metrics, picture, log=print):
         return
     rows = [json.loads(line) for line in Path(metrics).read_text("utf-8").splitlines()]
     stages = list(dict.fromkeys(row["stage"] for row in rows))
-    figure, axes = plt.subplots(len(stages), len(PANELS), figsize=(15, 2.8 * len(stages)))
-    for line, stage in zip(axes.reshape(len(stages), -1), stages, strict=True):
-        for axis, name in zip(line, PANELS, strict=True):
-            for prefix, style in (("", "-"), ("eval_", "o")):
-                points = [
-                    (r["step"], r[prefix + name])
-                    for r in rows
-                    if r["stage"] == stage and prefix + name in r
-                ]
-                if points:
-                    axis.plot(
-                        *zip(*points, strict=True),
-                        style,
-                        label="held out" if prefix else "training",
-                    )
-            axis.set_title(f"{stage}: {name}")
-            axis.set_xlabel("step")
-            axis.set_visible(bool(axis.lines))
-            if axis.lines:
-                axis.legend(frameon=False)
+    panels = [(stage, ["loss"]) for stage in stages] + [("dpo", names) for names in REWARDS]
+    figure, axes = plt.subplots(math.ceil(len(panels) / 3), 3, figsize=(13, 7), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (stage, names) in zip(axes.flat, panels, strict=False):
+        draw_panel(axis, [row for row in rows if row["stage"] == stage], names)
+        axis.set_title(f"{stage}: {', '.join(names)}")
     figure.tight_layout()
     figure.savefig(picture, dpi=100)
     plt.close(figure)
+
+
+def draw_panel(axis, rows, names):
+    """Each metric as a line over the steps, its held-out values as points of the same colour."""
+    for number, name in enumerate(names):
+        for prefix, style in (("", "-"), ("eval_", "o")):
+            points = [(row["step"], row[prefix + name]) for row in rows if prefix + name in row]
+            if points:
+                label = f"{name.split('/')[-1]}{', held out' if prefix else ''}"
+                edge = {"markeredgecolor": "black"} if prefix else {"linewidth": 1}
+                axis.plot(
+                    *zip(*points, strict=True), style, color=f"C{number}", label=label, **edge
+                )
+    axis.set_xlabel("step")
+    axis.legend(frameon=False)
