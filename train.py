@@ -128,17 +128,21 @@ def pretrain(run: Run):
         write_json(f"{folder}/tokenizer_config.json", TOKENIZER_CONFIG)
         tell(f"tokenizer {tokenizer.vocab_size} pieces from {len(texts)} threads")
         examples = [([tokenizer.bos_id], tokenizer.encode(text, eos=True)) for text in texts]
-        rows = pack([1 + len(tokens) for _, tokens in examples], run.args.max_length)
-        collate = collate_packed(examples, rows, run.device)
-        lengths = [run.args.max_length] * len(rows)
-        run.train("pretrain", model, token_objective, lengths, collate)
+        train_packed(run, "pretrain", model, examples)
         save_llama(model, run.out / "base", tokenizer_from=folder)
     run.state_path("pretrain").unlink(missing_ok=True)
 
 
-def collate_packed(examples, rows, device):
-    """A function from row numbers to the batch of these packed rows."""
-    return lambda indices: packed_batch(examples, [rows[i] for i in indices], device)
+def train_packed(run: Run, stage: str, model, examples):
+    """Pretraining and SFT: train on (unscored ids, scored ids) examples, packed into full rows."""
+    max_length = run.args.max_length
+    rows = pack([len(unscored) + len(scored) for unscored, scored in examples], max_length)
+    tell(f"{stage:9} {len(examples)} texts in {len(rows)} rows of up to {max_length} tokens")
+
+    def collate(indices):
+        return packed_batch(examples, [rows[i] for i in indices], run.device)
+
+    run.train(stage, model, token_objective, [max_length] * len(rows), collate)
 
 
 def token_objective(model, batch):
@@ -148,12 +152,8 @@ def token_objective(model, batch):
 
 def sft(run: Run, model, examples):
     """Train the adapter `sft` on packed question/answer texts; the answers are scored."""
-    max_length = run.args.max_length
-    rows = pack([len(prompt) + len(answer) for prompt, answer in examples], max_length)
-    tell(f"sft       {len(examples)} texts in {len(rows)} rows of up to {max_length} tokens")
     add_run_adapter(run, model, "sft")
-    lengths = [max_length] * len(rows)
-    run.train("sft", model, token_objective, lengths, collate_packed(examples, rows, run.device))
+    train_packed(run, "sft", model, examples)
     save_adapter(model, ["sft"], run.out / "sft", str(run.model_folder))
     run.state_path("sft").unlink(missing_ok=True)
 

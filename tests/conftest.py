@@ -1,10 +1,8 @@
-"""What several tests share: a tokenizer, a tiny model folder, and where real inputs would lie."""
-
-import os
-from pathlib import Path
+"""What several tests share: a tokenizer, a tiny model folder, and a real tokenizer where there is one."""
 
 import pytest
 import torch
+from helpers import real_input
 
 from dpo_minimal import forum
 from dpo_minimal.checkpoint import save_llama
@@ -48,15 +46,6 @@ def model_folder(tmp_path_factory, tokenizer_file):
     model = Llama(LlamaConfig(**SHAPE))
     save_llama(model, folder, torch.float32, tokenizer_from=tokenizer_file.parent)
     return folder
-
-
-def real_input(name: str) -> Path:
-    """The path of a real input; the test is skipped where there is none."""
-    beside = Path(__file__).parents[2] / "shared" / "real"
-    path = Path(os.environ.get("DPO_MINIMAL_REAL", beside)) / name
-    if not path.exists():
-        pytest.skip(f"{name} is not here: set DPO_MINIMAL_REAL to the folder that has it")
-    return path
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,9 @@
 """A Llama small enough for a unit test, with weights large enough that every part of it matters."""
 
+import os
+from pathlib import Path
+
+import pytest
 import torch
 
 from dpo_minimal.llama import Llama, LlamaConfig
@@ -37,3 +41,12 @@ def fill_adapter(model, name: str, seed=2, size=0.2):
     for path, parameter in model.named_parameters():
         if path.endswith(f"{name}.lora_B"):
             parameter.data = size * torch.randn(parameter.shape, generator=generator)
+
+
+def real_input(name: str) -> Path:
+    """The path of a real input; the test is skipped where there is none."""
+    beside = Path(__file__).parents[2] / "shared" / "real"
+    path = Path(os.environ.get("DPO_MINIMAL_REAL", beside)) / name
+    if not path.exists():
+        pytest.skip(f"{name} is not here: set DPO_MINIMAL_REAL to the folder that has it")
+    return path

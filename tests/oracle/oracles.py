@@ -73,15 +73,6 @@ def smollm2_folder() -> Path:
     return Path(folder)
 
 
-def real_file(name) -> Path:
-    """A file of real data, or a skip with a word."""
-    beside = Path(__file__).parents[3] / "shared" / "real"
-    path = Path(os.environ.get("DPO_MINIMAL_REAL", beside)) / name
-    if not path.exists():
-        pytest.skip(f"no {path}: DPO_MINIMAL_REAL should name a folder with {name}")
-    return path
-
-
 def nf4_from_bitsandbytes(packed, state) -> NF4Weight:
     """The tensors of a bitsandbytes weight and its QuantState as ours."""
     common = {"packed": packed.flatten(), "shape": tuple(state.shape), "dtype": state.dtype}

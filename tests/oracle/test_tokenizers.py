@@ -5,7 +5,8 @@ import shutil
 from functools import partial
 
 import pytest
-from oracles import NO_ORACLE, real_file, smollm2_folder
+from helpers import real_input
+from oracles import NO_ORACLE, smollm2_folder
 
 from dpo_minimal.data import encode_example
 from dpo_minimal.tokenizer import load_tokenizer
@@ -36,14 +37,14 @@ SPECIAL = ["<s>", "</s>", "<unk>", "<s> hi </s>", "a<s>b"]
 def llama2_folder(tmp_path_factory):
     """A folder with the real Llama 2 tokenizer.model alone."""
     folder = tmp_path_factory.mktemp("llama2")
-    shutil.copy(real_file("llama2_tokenizer.model"), folder / "tokenizer.model")
+    shutil.copy(real_input("llama2_tokenizer.model"), folder / "tokenizer.model")
     return folder
 
 
 @pytest.fixture(scope="module")
 def real_texts():
     """Every text of 1,100 real preference pairs."""
-    rows = json.loads(real_file("instruction_preferences.json").read_text("utf-8"))
+    rows = json.loads(real_input("instruction_preferences.json").read_text("utf-8"))
     return [text for row in rows for text in row.values() if text]
 
 
