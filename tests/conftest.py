@@ -1,4 +1,4 @@
-"""What several tests share: a tokenizer, a tiny model folder, and a real tokenizer where there is one."""
+"""What several tests share: a tokenizer, a tiny model folder, real inputs where there are some."""
 
 import pytest
 import torch
