@@ -14,23 +14,15 @@ from functools import partial
 import torch
 
 from dpo_minimal import forum, run_command
+from dpo_minimal.batches import pack, packed_batch, pair_batch, pair_lengths
 from dpo_minimal.checkpoint import load_adapter, load_llama, read_config, save_adapter, save_llama
-from dpo_minimal.data import (
-    encode_pairs,
-    encode_sft,
-    load_splits,
-    pack,
-    packed_batch,
-    pair_batch,
-    read_rows,
-)
+from dpo_minimal.data import encode_pairs, encode_sft, load_splits, read_rows
 from dpo_minimal.evaluate import (
     compare,
     format_samples,
     format_summary,
     last_evaluation,
     one_epoch,
-    pair_lengths,
     pair_logps,
     preference_metrics,
     vote_bound,
@@ -40,7 +32,7 @@ from dpo_minimal.files import whole_file, whole_folder, write_json
 from dpo_minimal.llama import Llama, LlamaConfig
 from dpo_minimal.loop import count_steps, peak_memory_gb
 from dpo_minimal.lora import active_adapters, add_adapter
-from dpo_minimal.loss import dpo_loss, reward_metrics, sequence_logps, sft_loss
+from dpo_minimal.loss import dpo_loss, preference_logps, reward_metrics, sft_loss
 from dpo_minimal.run import Run, read_run
 from dpo_minimal.tokenizer import load_tokenizer, train_tokenizer
 
@@ -179,9 +171,8 @@ def dpo(run: Run, model, pairs, held_out):
     eval_reference = reference_logps(run, model, held_out, eval_order)
 
     def objective(model, batch):
-        logps = sequence_logps(model, batch.tokens, batch.loss_mask)  # [2B]
-        policy = logps.chunk(2)  # chosen [B], rejected [B]
-        ref = reference[batch.indices].to(logps).T  # [2, B]
+        policy = preference_logps(model, batch)  # chosen [B], rejected [B]
+        ref = reference[batch.indices].to(policy[0]).T  # [2, B]
         losses, chosen, rejected = dpo_loss(*policy, *ref, **options)
         return losses, reward_metrics(*policy, chosen, rejected)
 

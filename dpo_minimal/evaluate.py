@@ -9,10 +9,11 @@ from statistics import mean
 import torch
 
 from dpo_minimal import forum
-from dpo_minimal.data import answer_rows, batch_order, format_prompt, pair_batch
+from dpo_minimal.batches import answer_rows, batch_order, pair_batch, pair_lengths
+from dpo_minimal.data import format_prompt
 from dpo_minimal.generate import sample_answers
 from dpo_minimal.lora import active_adapters
-from dpo_minimal.loss import dpo_loss, reward_metrics, sequence_logps
+from dpo_minimal.loss import dpo_loss, preference_logps, reward_metrics, sequence_logps
 
 
 @torch.no_grad()
@@ -31,16 +32,10 @@ def pair_logps(model, pairs, order, device, log=None) -> torch.Tensor:
         if log and now - shown > 5:
             shown, left = now, (now - started) / done * (len(order) - done)
             log(f"reference batch {done:>4}/{len(order)}  {left:.0f} s left")
-        batch = pair_batch(pairs, indices, device)
-        rows = sequence_logps(model, batch.tokens, batch.loss_mask)  # [2 * len(indices)]
-        logps[indices] = rows.float().view(2, -1).T.cpu()
+        chosen, rejected = preference_logps(model, pair_batch(pairs, indices, device))  # [B] each
+        logps[indices] = torch.stack((chosen, rejected), dim=1).float().cpu()
     model.train(training)
     return logps
-
-
-def pair_lengths(pairs) -> list[int]:
-    """Tokens of each pair's longer row, by which batches are formed."""
-    return [len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in pairs]
 
 
 def one_epoch(pairs, batch_size: int, seed: int = 0) -> list[list[int]]:

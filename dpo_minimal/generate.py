@@ -10,8 +10,9 @@ import argparse
 import torch
 
 from dpo_minimal import run_command
+from dpo_minimal.batches import pad
 from dpo_minimal.checkpoint import load_adapter, load_llama
-from dpo_minimal.data import format_prompt, pad
+from dpo_minimal.data import format_prompt
 from dpo_minimal.tokenizer import load_tokenizer
 
 

@@ -166,7 +166,10 @@ class Attention(nn.Module):
         k = k.repeat_interleave(self.group_size, dim=1)  # [B, H, T, K]
         v = v.repeat_interleave(self.group_size, dim=1)  # [B, H, T, K]
         causal = mask is None and T > 1  # a single new token may see all that is cached
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        # On a CPU the 16-bit kernel's backward takes up to four times as long as the 32-bit one's.
+        dtype = at_least_float32(x) if x.device.type == "cpu" else x.dtype
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).to(x.dtype)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # [B, T, D]
 
 

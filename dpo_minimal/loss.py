@@ -26,20 +26,23 @@ def chunk_logps(hidden, head, targets):
     return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=1)
 
 
-def token_logps(model, tokens, loss_mask, positions=None, mask=None):
+def token_logps(model, tokens, loss_mask, positions=None, mask=None, sources=None):
     """The log-probability of each scored token: float32 [N], row after row.
 
     tokens int64 [B, T]; loss_mask bool [B, T], True at tokens to score (never the first of a row).
     The head runs on scored positions only, in chunks that backward recomputes: the [N, V] logits
-    never exist at once. positions and mask are handed to `Llama.hidden`.
+    never exist at once. positions and mask are handed to `Llama.hidden`. sources int64 [B, T]: the
+    place in its row whose state predicts each token, if not simply the one before it.
     """
     hidden = model.hidden(tokens, positions, mask)  # [B, T, D]
-    # The state at position t predicts the token at t + 1.
-    hidden = hidden[:, :-1][loss_mask[:, 1:]]  # [N, D]
-    targets = tokens[:, 1:][loss_mask[:, 1:]]  # [N]
-    chunks = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
-    parts = [checkpoint(chunk_logps, h, model.lm_head, t, use_reentrant=False) for h, t in chunks]
-    return torch.cat(parts)
+    rows, places = loss_mask.nonzero(as_tuple=True)  # [N] each
+    # The state at position t - 1 predicts the token at t.
+    before = places - 1 if sources is None else sources[rows, places]
+    chunks = zip(hidden[rows, before].split(CHUNK), tokens[rows, places].split(CHUNK), strict=True)
+    *recomputed, last = ((h, model.lm_head, t) for h, t in chunks)
+    logps = [checkpoint(chunk_logps, *chunk, use_reentrant=False) for chunk in recomputed]
+    logps.append(chunk_logps(*last))  # backward begins here: nothing is gained by forgetting it
+    return torch.cat(logps)
 
 
 def sequence_logps(model, tokens, loss_mask):
@@ -47,6 +50,17 @@ def sequence_logps(model, tokens, loss_mask):
     logps = token_logps(model, tokens, loss_mask)  # [N]
     grid = logps.new_zeros(loss_mask.shape).masked_scatter(loss_mask, logps)  # [B, T]
     return grid.sum(dim=1)
+
+
+def preference_logps(model, batch):
+    """(log pi(y_w|x), log pi(y_l|x)), float32 [B] each, of pairs as `pair_batch` lays them out.
+
+    Equal to rounding to `sequence_logps` of each answer's own row, with each prompt computed once.
+    """
+    spots = (batch.positions, batch.mask, batch.sources)
+    logps = token_logps(model, batch.tokens, batch.loss_mask, *spots)  # [N]
+    grid = logps.new_zeros(batch.tokens.shape).masked_scatter(batch.loss_mask, logps)  # [B, T]
+    return (grid * ~batch.rejected).sum(dim=1), (grid * batch.rejected).sum(dim=1)
 
 
 def sft_loss(model, tokens, loss_mask, positions=None, mask=None):

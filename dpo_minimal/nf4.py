@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 ABSMAX_BLOCK = 256  # absmax values that share one scale in double quantization
+PIECE = 2**18  # weights that a CPU dequantizes at a time
 
 
 def linspace32(start: float, end: float, n: int) -> torch.Tensor:
@@ -142,13 +143,57 @@ def code_pairs(device: torch.device) -> torch.Tensor:
 
 
 def dequantize_nf4(quantized: NF4Weight) -> torch.Tensor:
-    """The weight back, in its own shape and dtype: code * absmax in float32, then one cast."""
-    n = math.prod(quantized.shape)
-    pairs = code_pairs(quantized.packed.device).index_select(0, quantized.packed.int())
-    values = pairs.view(torch.float32)  # [n], or n + 1 where n is odd
-    values = F.pad(values, (0, -len(values) % quantized.block_size))
-    blocks = values.view(-1, quantized.block_size) * dequantize_absmax(quantized)[:, None]
-    return blocks.flatten()[:n].view(quantized.shape).to(quantized.dtype)
+    """The weight back, in its own shape and dtype: code * absmax in float32, then one cast.
+
+    On a CPU piece by piece, so that what lies between the bytes and the weight stays in its cache.
+    Under torch.compile by `dequantize_fused`, to the same bits.
+    """
+    absmax = dequantize_absmax(quantized)  # [blocks]
+    packed, half = quantized.packed, quantized.block_size // 2
+    if len(packed) < len(absmax) * half:  # the last block is a partial one
+        packed = F.pad(packed, (0, len(absmax) * half - len(packed)))
+    packed = packed.view(-1, half)  # [blocks, block_size / 2]
+    if torch.compiler.is_compiling():
+        blocks = dequantize_fused(packed, absmax, quantized.dtype)
+    else:
+        blocks = packed.new_empty(len(absmax), quantized.block_size, dtype=quantized.dtype)
+        piece = PIECE // quantized.block_size if packed.device.type == "cpu" else len(absmax)
+        table = code_pairs(packed.device)
+        for at in range(0, len(absmax), piece):
+            span = slice(at, at + piece)
+            pairs = table.index_select(0, packed[span].flatten().int())
+            values = pairs.view(torch.float32).view(-1, quantized.block_size)
+            blocks[span] = values.mul_(absmax[span, None])
+    return blocks.flatten()[: math.prod(quantized.shape)].view(quantized.shape)
+
+
+def dequantize_fused(packed, absmax, dtype: torch.dtype) -> torch.Tensor:
+    """What `dequantize_nf4` computes, in a form that a compiler makes one pass of.
+
+    packed uint8 [blocks, block_size / 2], absmax float32 [blocks] -> dtype [blocks, block_size].
+    """
+    index = packed.int()
+    high = select_code(index >> 4) * absmax[:, None]
+    low = select_code(index & 15) * absmax[:, None]
+    if dtype != torch.bfloat16:
+        return torch.stack((high, low), dim=2).flatten(1).to(dtype)
+    # Rounded to bfloat16 (to nearest, ties to even) by hand, so that both halves fill an int32:
+    # a vector of those is stored at once, where alternating elements would be stored one by one.
+    high, low = (x.view(torch.int32) for x in (high, low))
+    high, low = (x + 0x7FFF + (x >> 16 & 1) >> 16 for x in (high, low))
+    return (high & 0xFFFF | low << 16).view(torch.bfloat16)
+
+
+def select_code(index):
+    """NF4_CODE[index], int32 to float32, by a tree of selections on the index's four bits.
+
+    Vector units compare and select 16 values at once, but look up a table one by one.
+    """
+    values = NF4_CODE.tolist()
+    for bit in (1, 2, 4, 8):
+        odd = (index & bit) != 0
+        values = [torch.where(odd, values[i + 1], values[i]) for i in range(0, len(values), 2)]
+    return values[0]
 
 
 class NF4Matmul(torch.autograd.Function):
@@ -157,6 +202,10 @@ class NF4Matmul(torch.autograd.Function):
     Backward needs W once more: grad_x = grad_y @ W. Left to itself, autograd would keep every
     layer's dequantized W until then (13 GB for 7B), so we keep W packed and dequantize again.
     """
+
+    # Where a block's forward pass is recomputed, autograd's way is the better one: it keeps W from
+    # that recomputation to the backward pass right behind it, and W is dequantized once for both.
+    recomputed = False
 
     @staticmethod
     def forward(ctx, x, quantized):
@@ -191,6 +240,8 @@ class NF4Linear(nn.Module):
         return NF4Weight(shape=shape, dtype=self.dtype, block_size=self.block_size, **tensors)
 
     def forward(self, x):  # [..., in] -> [..., out]
+        if NF4Matmul.recomputed:
+            return F.linear(x, dequantize_nf4(self.quantized).to(x.dtype))
         return NF4Matmul.apply(x, self.quantized)
 
     def _apply(self, fn, recurse=True):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from dpo_minimal import InputError
-from dpo_minimal.data import batch_order
+from dpo_minimal.batches import batch_order
 from dpo_minimal.files import read_json, write_json
 from dpo_minimal.loop import Log, Settings, count_steps, steps_per_epoch, train
 

@@ -17,18 +17,22 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import train
+from dpo_minimal.batches import (
+    answer_rows,
+    pad,
+    pair_batch,
+)
 from dpo_minimal.checkpoint import load_llama, load_state
 from dpo_minimal.data import (
     EncodedPair,
-    answer_rows,
     encode_example,
     encode_pair,
     encode_sft,
     format_prompt,
-    pad,
-    pair_batch,
 )
-from dpo_minimal.evaluate import pair_logps
+from dpo_minimal.evaluate import (
+    pair_logps,
+)
 from dpo_minimal.llama import Attention, Llama, at_least_float32, rotary_table, rotate
 from dpo_minimal.loop import train as train_loop
 from dpo_minimal.lora import Adapter, active_adapters, merged_weight

@@ -9,11 +9,16 @@ import torch
 from helpers import SHAPE, tiny_llama
 
 from dpo_minimal import InputError
+from dpo_minimal.batches import (
+    answer_rows,
+    batch_order,
+    pack,
+    packed_batch,
+    pair_batch,
+)
 from dpo_minimal.data import (
     EncodedPair,
     PreferencePair,
-    answer_rows,
-    batch_order,
     encode_example,
     encode_pair,
     encode_pairs,
@@ -21,9 +26,6 @@ from dpo_minimal.data import (
     format_prompt,
     load_pairs,
     load_splits,
-    pack,
-    packed_batch,
-    pair_batch,
 )
 from dpo_minimal.llama import Llama, LlamaConfig
 from dpo_minimal.loss import sequence_logps, token_logps

@@ -9,7 +9,13 @@ import torch
 from helpers import fill_adapter, tiny_llama
 
 from dpo_minimal import forum
-from dpo_minimal.data import EncodedPair, PreferencePair
+from dpo_minimal.batches import (
+    pair_lengths,
+)
+from dpo_minimal.data import (
+    EncodedPair,
+    PreferencePair,
+)
 from dpo_minimal.evaluate import (
     compare,
     format_samples,
@@ -19,7 +25,6 @@ from dpo_minimal.evaluate import (
     kl_estimate,
     last_evaluation,
     one_epoch,
-    pair_lengths,
     pair_logps,
     preference_metrics,
     vote_bound,

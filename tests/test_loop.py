@@ -7,7 +7,8 @@ import pytest
 import torch
 from helpers import fill_adapter, random_tokens, tiny_llama
 
-from dpo_minimal.data import EncodedPair, batch_order, packed_batch, pair_batch
+from dpo_minimal.batches import batch_order, packed_batch, pair_batch
+from dpo_minimal.data import EncodedPair
 from dpo_minimal.evaluate import pair_logps
 from dpo_minimal.loop import Log, Settings, count_steps, learning_rate, steps_per_epoch, train
 from dpo_minimal.lora import active_adapters, add_adapter

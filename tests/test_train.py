@@ -14,8 +14,9 @@ import torch
 
 import train
 from dpo_minimal import forum, loop, run_command
+from dpo_minimal.batches import pair_batch
 from dpo_minimal.checkpoint import load_adapter, load_llama, save_llama
-from dpo_minimal.data import PreferencePair, encode_pair, load_splits, pair_batch
+from dpo_minimal.data import PreferencePair, encode_pair, load_splits
 from dpo_minimal.files import open_safetensors
 from dpo_minimal.llama import Llama, LlamaConfig
 from dpo_minimal.lora import active_adapters, add_adapter

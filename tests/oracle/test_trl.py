@@ -26,8 +26,9 @@ from oracles import (
     transformers_llama,
 )
 
+from dpo_minimal.batches import pair_batch
 from dpo_minimal.checkpoint import load_llama
-from dpo_minimal.data import EncodedPair, PreferencePair, encode_pair, pair_batch
+from dpo_minimal.data import EncodedPair, PreferencePair, encode_pair
 from dpo_minimal.evaluate import pair_logps
 from dpo_minimal.loop import Log, Settings, learning_rate, train
 from dpo_minimal.lora import active_adapters, add_adapter, lora_layers
