@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dpo_minimal import InputError
+from dpo_minimal.nf4 import NF4Matmul
 
 # Keys of a config.json with only one implemented value, and keys that change no computation.
 ONLY = {"model_type": "llama", "hidden_act": "silu", "architectures": ["LlamaForCausalLM"]}
@@ -201,6 +202,15 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def recomputed(block, *args):
+    """A block within gradient checkpointing, where its 4-bit layers leave W to autograd."""
+    NF4Matmul.recomputed = True
+    try:
+        return block(*args)
+    finally:
+        NF4Matmul.recomputed = False
+
+
 class Llama(nn.Module):
     """A decoder-only Llama language model.
 
@@ -244,7 +254,7 @@ class Llama(nn.Module):
         for i, block in enumerate(self.model.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled() and cache is None:
                 # The non-reentrant kind passes gradients to adapters though x itself is frozen.
-                x = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
+                x = checkpoint(recomputed, block, x, cos, sin, mask, use_reentrant=False)
             else:
                 x = block(x, cos, sin, mask, cache[i] if cache else None)
         return self.model.norm(x)

@@ -18,8 +18,6 @@ from torch.utils.checkpoint import checkpoint
 
 import train
 from dpo_minimal.batches import (
-    answer_rows,
-    pad,
     pair_batch,
 )
 from dpo_minimal.checkpoint import load_llama, load_state
@@ -36,7 +34,7 @@ from dpo_minimal.evaluate import (
 from dpo_minimal.llama import Attention, Llama, at_least_float32, rotary_table, rotate
 from dpo_minimal.loop import train as train_loop
 from dpo_minimal.lora import Adapter, active_adapters, merged_weight
-from dpo_minimal.loss import chunk_logps, dpo_loss, sequence_logps, token_logps
+from dpo_minimal.loss import chunk_logps, dpo_loss, preference_logps, token_logps
 from dpo_minimal.nf4 import (
     NF4_CODE,
     NF4Linear,
@@ -101,8 +99,8 @@ right_init, right_hidden = Adapter.__init__, Llama.hidden
     "test_loss.py::test_the_log_prob_of_three_tokens_equals_the_hand_computed_one",
     "test_loss.py::test_log_probs_equal_a_numpy_log_softmax_of_all_logits",
 )
-def label_shift_missing(model, tokens, loss_mask, positions=None, mask=None):
-    hidden = model.hidden(tokens, positions, mask)[loss_mask]  # not [:, :-1] against [:, 1:]
+def label_shift_missing(model, tokens, loss_mask, positions=None, mask=None, sources=None):
+    hidden = model.hidden(tokens, positions, mask)[loss_mask]  # not the state before each token
     return chunk_logps(hidden, model.lm_head, tokens[loss_mask])
 
 
@@ -110,36 +108,44 @@ def label_shift_missing(model, tokens, loss_mask, positions=None, mask=None):
     2,
     pair_batch,
     "A rejected answer longer than the chosen one loses its end; behind a shorter one pads count.",
-    "test_data.py::test_chosen_rows_come_first_and_each_row_is_scored_from_its_answer_to_its_eos",
+    "test_data.py::test_a_pair_is_one_row_scored_from_its_answers_to_their_eos",
 )
 def mask_of_chosen_used_for_rejected(pairs, indices, device):
     batch = pair_batch(pairs, indices, device)
-    return replace(batch, loss_mask=batch.loss_mask[: len(indices)].repeat(2, 1))
+    chosen = batch.loss_mask & ~batch.rejected
+    rejected = torch.zeros_like(batch.rejected)
+    for i, (prompt, chosen_answer, _) in enumerate(pairs[i] for i in indices):
+        start = len(prompt) + len(chosen_answer)
+        rejected[i, start : start + len(chosen_answer)] = True
+    return replace(batch, loss_mask=chosen | rejected, rejected=rejected)
 
 
 @bug(
     3,
-    answer_rows,
+    pair_batch,
     "A pair's log-probabilities depend on which longer pairs happen to be in its batch.",
     "test_evaluate.py::test_log_probs_of_pairs_are_in_the_pairs_order_whatever_the_batches_are",
     "test_data.py::test_padding_is_on_the_right_and_only_as_long_as_the_longest_row",
 )
-def padding_scored(examples, device):
-    tokens, _ = answer_rows(examples, device)
-    starts = torch.tensor([len(prompt) for prompt, _ in examples], device=device)
-    return tokens, torch.arange(tokens.shape[1], device=device) >= starts[:, None]
+def padding_scored(pairs, indices, device):
+    batch = pair_batch(pairs, indices, device)
+    ends = torch.tensor([sum(map(len, pairs[i])) for i in indices], device=device)
+    pads = torch.arange(batch.tokens.shape[1], device=device) >= ends[:, None]
+    return replace(batch, loss_mask=batch.loss_mask | pads, rejected=batch.rejected | pads)
 
 
 @bug(
     4,
-    answer_rows,
-    "DPO hides it, as the prompt cancels; log-probabilities are too low, and SFT learns to ask.",
-    "test_data.py::test_chosen_rows_come_first_and_each_row_is_scored_from_its_answer_to_its_eos",
+    pair_batch,
+    "DPO hides it, as the prompt cancels; log-probabilities are too low, and IPO is wrong.",
+    "test_data.py::test_a_pair_is_one_row_scored_from_its_answers_to_their_eos",
     "test_evaluate.py::test_log_probs_of_pairs_are_in_the_pairs_order_whatever_the_batches_are",
 )
-def prompt_scored(examples, device):
-    whole = [(prompt[:1], prompt[1:] + answer) for prompt, answer in examples]
-    return answer_rows(whole, device)
+def prompt_scored(pairs, indices, device):
+    def whole(prompt, chosen, rejected):
+        return EncodedPair(prompt[:1], prompt[1:] + chosen, prompt[1:] + rejected)
+
+    return pair_batch([whole(*pair) for pair in pairs], indices, device)
 
 
 @bug(
@@ -168,14 +174,14 @@ def eos_missing(tokenizer, question, answer):
 
 @bug(
     7,
-    answer_rows,
+    pair_batch,
     "The pad is the EOS and all pads are masked, the real EOS with them: the model never stops.",
     "test_data.py::test_uneven_rows_keep_the_label_of_their_eos_whatever_the_pads_are",
 )
-def eos_masked_as_a_pad(examples, device):
-    eos = examples[0][1][-1]
-    tokens = pad([prompt + answer for prompt, answer in examples], eos, torch.int64, device)
-    return tokens, answer_rows(examples, device)[1] & (tokens != eos)
+def eos_masked_as_a_pad(pairs, indices, device):
+    batch = pair_batch(pairs, indices, device)
+    eos = pairs[0].chosen[-1]
+    return replace(batch, loss_mask=batch.loss_mask & (batch.tokens != eos))
 
 
 @bug(
@@ -253,13 +259,15 @@ def adapter_frozen(self, x):
 
 @bug(
     14,
-    sequence_logps,
+    preference_logps,
     "Margins are small, and each token of a short answer counts more: not the loss of the paper.",
-    "test_loss.py::test_twice_the_answer_has_twice_the_log_prob",
-    "test_loss.py::test_the_log_prob_of_three_tokens_equals_the_hand_computed_one",
+    "test_data.py::test_a_shared_prompt_gives_each_answers_own_log_probs_and_gradients",
+    "test_evaluate.py::test_log_probs_of_pairs_are_in_the_pairs_order_whatever_the_batches_are",
 )
-def mean_instead_of_sum(model, tokens, loss_mask):
-    return sequence_logps(model, tokens, loss_mask) / loss_mask.sum(dim=1)
+def mean_instead_of_sum(model, batch):
+    chosen, rejected = preference_logps(model, batch)
+    lengths = (batch.loss_mask & ~batch.rejected).sum(dim=1), batch.rejected.sum(dim=1)
+    return chosen / lengths[0], rejected / lengths[1]
 
 
 @bug(

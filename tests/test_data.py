@@ -8,13 +8,14 @@ import pytest
 import torch
 from helpers import SHAPE, tiny_llama
 
-from dpo_minimal import InputError
+from dpo_minimal import InputError, batches
 from dpo_minimal.batches import (
     answer_rows,
     batch_order,
     pack,
     packed_batch,
     pair_batch,
+    pair_lengths,
 )
 from dpo_minimal.data import (
     EncodedPair,
@@ -28,7 +29,7 @@ from dpo_minimal.data import (
     load_splits,
 )
 from dpo_minimal.llama import Llama, LlamaConfig
-from dpo_minimal.loss import sequence_logps, token_logps
+from dpo_minimal.loss import preference_logps, sequence_logps, token_logps
 
 PLAIN = {"prompt": "Is it?", "chosen": "Yes.", "rejected": "No."}
 PAIR = PreferencePair("Is it?", "Yes.", "No.")
@@ -286,7 +287,7 @@ def check_rows(tokenizer, answers):
         assert joint == tokenizer.encode(text, bos=True, eos=True)
         assert tokenizer.decode(joint) == text
         batch = pair_batch([pair], [0], "cpu")
-        scored = batch.tokens[0][batch.loss_mask[0]].tolist()
+        scored = batch.tokens[0][batch.loss_mask[0] & ~batch.rejected[0]].tolist()
         assert scored == pair.chosen and scored[-1] == tokenizer.eos_id
 
 
@@ -358,46 +359,73 @@ def random_pairs(n, seed=0, most=12):
     return [EncodedPair([1, *ids(1)], [*ids(1), 2], [*ids(1), 2]) for _ in range(n)]
 
 
-def test_chosen_rows_come_first_and_each_row_is_scored_from_its_answer_to_its_eos():
+def test_a_pair_is_one_row_scored_from_its_answers_to_their_eos():
     pairs = [EncodedPair([1, 5], [6, 2], [7, 8, 2]), EncodedPair([1, 9, 9], [4, 2], [2])]
     batch = pair_batch(pairs, [1, 0], "cpu")
-    rows = [[1, 9, 9, 4, 2], [1, 5, 6, 2], [1, 9, 9, 2], [1, 5, 7, 8, 2]]
-    scored = [[0, 0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1], [0, 0, 1, 1, 1]]
-    for i, (row, mask) in enumerate(zip(rows, scored, strict=True)):
-        assert batch.tokens[i, : len(row)].tolist() == row
-        assert batch.loss_mask[i].tolist() == [bool(s) for s in mask] + [False] * (5 - len(row))
+    assert batch.tokens.tolist() == [[1, 9, 9, 4, 2, 2, 0], [1, 5, 6, 2, 7, 8, 2]]
+    assert batch.loss_mask.int().tolist() == [[0, 0, 0, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1, 1]]
+    assert batch.rejected.int().tolist() == [[0, 0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 1, 1]]
     assert (batch.count, batch.num_tokens, batch.indices) == (2, 5 + 4 + 4 + 5, [1, 0])
+
+
+def test_both_answers_go_on_from_the_prompt_and_do_not_see_each_other():
+    batch = pair_batch([EncodedPair([1, 5], [6, 2], [7, 8, 2])], [0], "cpu")
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 2, 3, 4]]
+    # What predicts 6, 2; 7, 8, 2: the prompt's last token twice.
+    assert batch.sources[batch.loss_mask].tolist() == [1, 2, 1, 4, 5]
+    assert batch.mask[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 0, 0, 1, 0, 0],
+        [1, 1, 0, 0, 1, 1, 0],
+        [1, 1, 0, 0, 1, 1, 1],
+    ]
+
+
+def test_a_shared_prompt_gives_each_answers_own_log_probs_and_gradients():
+    # The oracle is the plain layout: a row for each answer, with a prompt of its own.
+    pairs, model, other = random_pairs(7), tiny_llama(), tiny_llama()
+    chosen, rejected = preference_logps(model, pair_batch(pairs, list(range(7)), "cpu"))
+    for answers, logps in (("chosen", chosen), ("rejected", rejected)):
+        rows = answer_rows([(pair.prompt, getattr(pair, answers)) for pair in pairs], "cpu")
+        expected = sequence_logps(other, *rows)
+        torch.testing.assert_close(logps, expected, rtol=0, atol=1e-10)
+        expected.square().sum().backward()
+    (chosen.square() + rejected.square()).sum().backward()
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("fill", [0, 1, 2, 31])
 def test_uneven_rows_keep_the_label_of_their_eos_whatever_the_pads_are(fill, monkeypatch):
-    import dpo_minimal.data as data
-
     pairs = random_pairs(6)
     plain = pair_batch(pairs, list(range(6)), "cpu")
-    pad = data.pad
+    pad = batches.pad
 
     def pad_with_fill(rows, old, *rest):
         return pad(rows, old if old is False else fill, *rest)  # tokens, not masks
 
-    monkeypatch.setattr(data, "pad", pad_with_fill)
+    monkeypatch.setattr(batches, "pad", pad_with_fill)
     batch = pair_batch(pairs, list(range(6)), "cpu")
     assert (batch.tokens[:, -1] == fill).any()  # there are pads of this kind
-    for row, mask in zip(batch.tokens, batch.loss_mask, strict=True):
-        assert row[mask][-1] == 2 and (row[mask] == 2).sum() == 1
+    for i, (row, mask) in enumerate(zip(batch.tokens, batch.loss_mask, strict=True)):
+        assert row[mask].tolist() == pairs[i].chosen + pairs[i].rejected
     model = tiny_llama()
-    logps = sequence_logps(model, batch.tokens, batch.loss_mask)
-    expected = sequence_logps(model, plain.tokens, plain.loss_mask)
-    torch.testing.assert_close(logps, expected, rtol=0, atol=1e-10)
+    for ours, expected in zip(
+        preference_logps(model, batch), preference_logps(model, plain), strict=True
+    ):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
 
 
 def test_padding_is_on_the_right_and_only_as_long_as_the_longest_row():
     pairs = random_pairs(5)
     batch = pair_batch(pairs, [0, 1, 2, 3, 4], "cpu")
-    lengths = [len(p.prompt) + len(p.chosen) for p in pairs]
-    lengths += [len(p.prompt) + len(p.rejected) for p in pairs]
-    assert batch.tokens.shape == batch.loss_mask.shape == (10, max(lengths))
-    assert batch.num_tokens == sum(lengths)
+    lengths = [len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs]
+    assert pair_lengths(pairs) == lengths
+    assert batch.tokens.shape == batch.loss_mask.shape == (5, max(lengths))
+    assert batch.num_tokens == sum(lengths) + sum(len(p.prompt) for p in pairs)
     for row, mask, n in zip(batch.tokens, batch.loss_mask, lengths, strict=True):
         assert row[0] == 1 and mask[n - 1] and not mask[n:].any()
 
@@ -412,9 +440,9 @@ def test_every_index_comes_once_an_epoch(n, size):
     lengths = [random.Random(i).randrange(5, 50) for i in range(n)]
     order, per_epoch = batch_order(lengths, size, 0), -(-n // size)
     epochs = [take(order, per_epoch) for _ in range(3)]
-    for batches in epochs:
-        assert sorted(i for batch in batches for i in batch) == list(range(n))
-        assert all(len(batch) <= size for batch in batches)
+    for epoch in epochs:
+        assert sorted(i for batch in epoch for i in batch) == list(range(n))
+        assert all(len(batch) <= size for batch in epoch)
     if n > 1:
         assert epochs[0] != epochs[1] != epochs[2]
 

@@ -9,9 +9,6 @@ import torch
 from helpers import fill_adapter, tiny_llama
 
 from dpo_minimal import forum
-from dpo_minimal.batches import (
-    pair_lengths,
-)
 from dpo_minimal.data import (
     EncodedPair,
     PreferencePair,
@@ -83,13 +80,9 @@ def test_the_reference_pass_has_no_dropout_and_leaves_mode_and_random_state():
     assert torch.equal(torch.get_rng_state(), state) and model.training
 
 
-def test_an_epoch_holds_every_pair_once_and_lengths_are_of_the_longer_row():
+def test_an_epoch_holds_every_pair_once():
     pairs = some_pairs(10)
     assert sorted(i for batch in one_epoch(pairs, 4) for i in batch) == list(range(10))
-    assert pair_lengths([EncodedPair([1, 2], [3], [4, 5, 6]), EncodedPair([1], [2, 3], [4])]) == [
-        5,
-        3,
-    ]
 
 
 def test_metrics_of_pairs_by_hand():

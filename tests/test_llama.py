@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import SHAPE, fill_adapter, random_tokens, tiny_llama
 
-from dpo_minimal import InputError
+from dpo_minimal import InputError, nf4
 from dpo_minimal.llama import (
     Attention,
     Llama,
@@ -18,6 +18,7 @@ from dpo_minimal.llama import (
     rotate,
 )
 from dpo_minimal.lora import add_adapter
+from dpo_minimal.nf4 import NF4Matmul, quantize_model
 
 LLAMA3_SCALING = {
     "factor": 8.0,
@@ -344,6 +345,29 @@ def test_gradient_checkpointing_computes_each_block_twice():
         block.register_forward_pre_hook(lambda *_: calls.append(1))
     model.hidden(random_tokens(1, 4)).sum().backward()
     assert len(calls) == 2 * 2
+
+
+def test_checkpointing_over_nf4_dequantizes_once_for_recomputation_and_backward(monkeypatch):
+    def gradients(checkpointing):
+        model = quantize_model(tiny_llama(torch.float32))
+        add_adapter(model, "dpo", r=2, targets="all")
+        fill_adapter(model, "dpo")
+        model.gradient_checkpointing = checkpointing
+        model.hidden(random_tokens(2, 5)).square().sum().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+    calls, dequantize = [], nf4.dequantize_nf4
+    monkeypatch.setattr(nf4, "dequantize_nf4", lambda q: calls.append(q) or dequantize(q))
+    without, count = gradients(False), len(calls)
+    calls.clear()
+    with_it = gradients(True)
+    # Seven layers in two blocks, forward and backward; but nothing below the first adapters'
+    # sums needs a gradient, so that q, k and v of the first block are read in forward only.
+    assert count == 2 * 14 - 3
+    assert len(calls) == 2 * 14
+    assert not NF4Matmul.recomputed
+    for name, gradient in with_it.items():
+        assert torch.equal(gradient, without[name]), name
 
 
 # Config files.

@@ -12,7 +12,7 @@ from dpo_minimal.data import EncodedPair
 from dpo_minimal.evaluate import pair_logps
 from dpo_minimal.loop import Log, Settings, count_steps, learning_rate, steps_per_epoch, train
 from dpo_minimal.lora import active_adapters, add_adapter
-from dpo_minimal.loss import dpo_loss, reward_metrics, sequence_logps, token_logps
+from dpo_minimal.loss import dpo_loss, preference_logps, reward_metrics, token_logps
 from dpo_minimal.nf4 import quantize_model
 
 LENGTHS = [3 + i % 5 for i in range(12)]
@@ -155,10 +155,10 @@ def dpo_setup(model):
     """(objective, collate) of DPO with the model's adapter `sft` as the reference."""
     batch = pair_batch(PAIRS, ALL_PAIRS, "cpu")
     with active_adapters(model, ["sft"]), torch.no_grad():
-        reference = sequence_logps(model, batch.tokens, batch.loss_mask).view(2, -1)
+        reference = torch.stack(preference_logps(model, batch))  # [2, B]
 
     def objective(model, batch):
-        policy = sequence_logps(model, batch.tokens, batch.loss_mask).chunk(2)
+        policy = preference_logps(model, batch)
         losses, *rewards = dpo_loss(*policy, *reference[:, batch.indices], beta=0.5)
         return losses, reward_metrics(*policy, *rewards)
 

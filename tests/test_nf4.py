@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from helpers import random_tokens, tiny_llama
 from torch import nn
 
+from dpo_minimal import nf4
 from dpo_minimal.nf4 import (
     DYNAMIC_CODE,
     NF4_CODE,
@@ -114,6 +115,20 @@ def test_dequantizing_multiplies_in_float32_and_casts_once(dtype):
     back = dequantize_nf4(quantized)
     assert back.dtype == dtype
     assert torch.equal(back, torch.from_numpy(product).view(32, 64).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(6, 64), (3, 5), (300, 1024)])
+def test_pieces_and_the_form_for_compilers_give_the_same_bits(shape, dtype, monkeypatch):
+    # 300 x 1024 weights take two pieces. Eagerly run, the compiler's form is the same arithmetic.
+    quantized = quantize_nf4(gaussian(*shape).to(dtype))
+    in_pieces = dequantize_nf4(quantized)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(nf4, "code_pairs", None)  # not used there
+    assert torch.equal(dequantize_nf4(quantized), in_pieces)
+    codes = torch.from_numpy(nibbles(quantized)).long()
+    absmax = dequantize_absmax(quantized).repeat_interleave(64)[: len(codes)]
+    assert torch.equal(in_pieces, (NF4_CODE[codes] * absmax).to(dtype).view(shape))
 
 
 @pytest.mark.parametrize("double_quant", [False, True])

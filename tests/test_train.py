@@ -14,7 +14,7 @@ import torch
 
 import train
 from dpo_minimal import forum, loop, run_command
-from dpo_minimal.batches import pair_batch
+from dpo_minimal.batches import answer_rows
 from dpo_minimal.checkpoint import load_adapter, load_llama, save_llama
 from dpo_minimal.data import PreferencePair, encode_pair, load_splits
 from dpo_minimal.files import open_safetensors
@@ -191,7 +191,8 @@ def test_the_merged_folder_is_the_policy_and_the_held_out_numbers_are_its_own(
     evaluation = load_splits(data, log=lambda text: None).evaluation
     encoded = [encode_pair(tokenizer, pair, 96) for pair in evaluation]
     encoded = [pair for pair in encoded if pair]
-    batch = pair_batch(encoded, list(range(len(encoded))), "cpu")
+    answers = [(p.prompt, p.chosen) for p in encoded] + [(p.prompt, p.rejected) for p in encoded]
+    rows = answer_rows(answers, "cpu")
     model = load_llama(model_folder, quantize="nf4")
     load_adapter(model, whole_run / "sft", "sft")
     load_adapter(model, whole_run / "dpo", "dpo")
@@ -199,9 +200,9 @@ def test_the_merged_folder_is_the_policy_and_the_held_out_numbers_are_its_own(
     with torch.no_grad():
         for names in (["sft"], ["dpo"]):
             with active_adapters(model, names):
-                logps[names[0]] = sequence_logps(model, batch.tokens, batch.loss_mask)
+                logps[names[0]] = sequence_logps(model, *rows)
         merged = load_llama(whole_run / "merged", quantize=None)
-        from_merged = sequence_logps(merged, batch.tokens, batch.loss_mask)
+        from_merged = sequence_logps(merged, *rows)
     # bfloat16 keeps 8 bits of each weight: some hundredths of a nat on sums of some 100 nats
     torch.testing.assert_close(from_merged, logps["dpo"], rtol=0.01, atol=0.5)
     chosen, rejected = (0.1 * (logps["dpo"] - logps["sft"])).chunk(2)

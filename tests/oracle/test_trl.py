@@ -32,7 +32,7 @@ from dpo_minimal.data import EncodedPair, PreferencePair, encode_pair
 from dpo_minimal.evaluate import pair_logps
 from dpo_minimal.loop import Log, Settings, learning_rate, train
 from dpo_minimal.lora import active_adapters, add_adapter, lora_layers
-from dpo_minimal.loss import dpo_loss, reward_metrics, sequence_logps
+from dpo_minimal.loss import dpo_loss, preference_logps, reward_metrics
 from dpo_minimal.nf4 import NF4Linear
 from dpo_minimal.tokenizer import load_tokenizer
 
@@ -167,11 +167,12 @@ def train_ours(model, pairs, kind, beta, grad_accum, out):
         reference = pair_logps(model, pairs, order, "cpu")  # [n, 2]
 
     def objective(model, batch):
-        policy = sequence_logps(model, batch.tokens, batch.loss_mask).view(2, -1)  # [2, B]
+        policy = torch.stack(preference_logps(model, batch))  # [2, B]
         ref = reference[batch.indices].T  # [2, B]
         losses, chosen, rejected = dpo_loss(*policy, *ref, beta=beta, kind=kind)
         if kind == "ipo":  # of means over the answers' tokens, as TRL has it
-            lengths = batch.loss_mask.sum(dim=1).view(2, -1)  # [2, B]
+            rejected_tokens = batch.rejected.sum(dim=1)
+            lengths = torch.stack((batch.loss_mask.sum(dim=1) - rejected_tokens, rejected_tokens))
             losses, _, _ = dpo_loss(*policy / lengths, *ref / lengths, beta=beta, kind=kind)
         return losses, reward_metrics(*policy, chosen, rejected)
 
