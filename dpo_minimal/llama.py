@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dpo_minimal import InputError
-from dpo_minimal.nf4 import NF4Matmul
+from dpo_minimal.nf4 import NF4Linear
 
 # Keys of a config.json with only one implemented value, and keys that change no computation.
 ONLY = {"model_type": "llama", "hidden_act": "silu", "architectures": ["LlamaForCausalLM"]}
@@ -204,11 +204,11 @@ class Block(nn.Module):
 
 def recomputed(block, *args):
     """A block within gradient checkpointing, where its 4-bit layers leave W to autograd."""
-    NF4Matmul.recomputed = True
+    NF4Linear.recomputed = True
     try:
         return block(*args)
     finally:
-        NF4Matmul.recomputed = False
+        NF4Linear.recomputed = False
 
 
 class Llama(nn.Module):

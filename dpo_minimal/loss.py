@@ -22,8 +22,8 @@ KINDS = ("sigmoid", "ipo", "hinge")
 def chunk_logps(hidden, head, targets):
     """log softmax(head(hidden))[target], [N]; hidden [N, D], targets int64 [N]."""
     logits = head(hidden)  # [N, V]
-    logits = logits.to(at_least_float32(logits))  # a 16-bit log-softmax drifts
-    return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=1)
+    logps = logits.log_softmax(dim=1, dtype=at_least_float32(logits))  # in 16 bits it would drift
+    return logps.gather(1, targets[:, None])[:, 0]
 
 
 def token_logps(model, tokens, loss_mask, positions=None, mask=None, sources=None):

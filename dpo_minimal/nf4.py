@@ -62,6 +62,7 @@ def dynamic_code() -> torch.Tensor:
 
 
 NF4_CODE = nf4_code()
+NF4_VALUES = NF4_CODE.tolist()  # for `select_code`: a compiler cannot read a tensor's values
 DYNAMIC_CODE = dynamic_code()
 
 
@@ -129,7 +130,7 @@ def dequantize_absmax(quantized: NF4Weight) -> torch.Tensor:
     if quantized.absmax is not None:
         return quantized.absmax
     codes = quantized.absmax_codes
-    values = DYNAMIC_CODE.to(codes.device)[codes.int()]
+    values = DYNAMIC_CODE.to(codes.device).index_select(0, codes.int())
     scale = quantized.absmax_scale.repeat_interleave(ABSMAX_BLOCK)[: len(codes)]
     return values * scale + quantized.absmax_offset
 
@@ -158,12 +159,11 @@ def dequantize_nf4(quantized: NF4Weight) -> torch.Tensor:
     else:
         blocks = packed.new_empty(len(absmax), quantized.block_size, dtype=quantized.dtype)
         piece = PIECE // quantized.block_size if packed.device.type == "cpu" else len(absmax)
-        table = code_pairs(packed.device)
+        tables = code_pairs(packed.device).expand(piece, -1)  # the same one for each block
         for at in range(0, len(absmax), piece):
             span = slice(at, at + piece)
-            pairs = table.index_select(0, packed[span].flatten().int())
-            values = pairs.view(torch.float32).view(-1, quantized.block_size)
-            blocks[span] = values.mul_(absmax[span, None])
+            pairs = tables.gather(1, packed[span].long())  # int64 [piece, block_size / 2]
+            blocks[span] = pairs.view(torch.float32).mul_(absmax[span, None])
     return blocks.flatten()[: math.prod(quantized.shape)].view(quantized.shape)
 
 
@@ -189,7 +189,7 @@ def select_code(index):
 
     Vector units compare and select 16 values at once, but look up a table one by one.
     """
-    values = NF4_CODE.tolist()
+    values = NF4_VALUES
     for bit in (1, 2, 4, 8):
         odd = (index & bit) != 0
         values = [torch.where(odd, values[i + 1], values[i]) for i in range(0, len(values), 2)]
@@ -202,10 +202,6 @@ class NF4Matmul(torch.autograd.Function):
     Backward needs W once more: grad_x = grad_y @ W. Left to itself, autograd would keep every
     layer's dequantized W until then (13 GB for 7B), so we keep W packed and dequantize again.
     """
-
-    # Where a block's forward pass is recomputed, autograd's way is the better one: it keeps W from
-    # that recomputation to the backward pass right behind it, and W is dequantized once for both.
-    recomputed = False
 
     @staticmethod
     def forward(ctx, x, quantized):
@@ -224,6 +220,9 @@ class NF4Linear(nn.Module):
     """
 
     TENSORS = ("packed", "absmax", "absmax_codes", "absmax_scale", "absmax_offset")
+    # Where a block's forward pass is recomputed, autograd's way is the better one: it keeps W from
+    # that recomputation to the backward pass right behind it, and W is dequantized once for both.
+    recomputed = False
 
     def __init__(self, quantized: NF4Weight):
         super().__init__()
@@ -240,7 +239,7 @@ class NF4Linear(nn.Module):
         return NF4Weight(shape=shape, dtype=self.dtype, block_size=self.block_size, **tensors)
 
     def forward(self, x):  # [..., in] -> [..., out]
-        if NF4Matmul.recomputed:
+        if NF4Linear.recomputed:
             return F.linear(x, dequantize_nf4(self.quantized).to(x.dtype))
         return NF4Matmul.apply(x, self.quantized)
 

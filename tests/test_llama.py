@@ -18,7 +18,7 @@ from dpo_minimal.llama import (
     rotate,
 )
 from dpo_minimal.lora import add_adapter
-from dpo_minimal.nf4 import NF4Matmul, quantize_model
+from dpo_minimal.nf4 import NF4Linear, quantize_model
 
 LLAMA3_SCALING = {
     "factor": 8.0,
@@ -365,7 +365,7 @@ def test_checkpointing_over_nf4_dequantizes_once_for_recomputation_and_backward(
     # sums needs a gradient, so that q, k and v of the first block are read in forward only.
     assert count == 2 * 14 - 3
     assert len(calls) == 2 * 14
-    assert not NF4Matmul.recomputed
+    assert not NF4Linear.recomputed
     for name, gradient in with_it.items():
         assert torch.equal(gradient, without[name]), name
 
