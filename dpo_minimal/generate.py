@@ -93,8 +93,8 @@ def generate(
     return tokenizer.decode(ids).strip()
 
 
-def main():
-    """The command line."""
+def make_parser() -> argparse.ArgumentParser:
+    """The flags."""
     parser = argparse.ArgumentParser(description="Ask a model.")
     parser.add_argument("--model", required=True, help="model folder, Hugging Face or Meta layout")
     parser.add_argument("--adapter", help="adapter folder, such as runs/forum/dpo")
@@ -106,7 +106,12 @@ def main():
     parser.add_argument(
         "--no-quantize", action="store_true", help="do not quantize under an adapter"
     )
-    args = parser.parse_args()
+    return parser
+
+
+def main():
+    """The command line."""
+    args = make_parser().parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     # An adapter belongs on the 4-bit base that it was trained over; a merged folder has none.
