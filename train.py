@@ -11,7 +11,7 @@ import tempfile
 
 import torch
 
-from dpo_minimal import forum, run_command
+from dpo_minimal import forum, parallel, run_command
 from dpo_minimal.batches import joined, packed_batch, packed_batches, pair_batch, pair_batches
 from dpo_minimal.checkpoint import load_adapter, load_llama, read_config, save_adapter, save_llama
 from dpo_minimal.data import encode_pairs, encode_sft, keep_fitting, load_splits, read_rows
@@ -59,8 +59,9 @@ def main():
     check_targets(run)
     if run.on_forum:
         run.start()
-        if not (run.out / "data").exists():
+        if parallel.first() and not (run.out / "data").exists():
             make_forum_data(run)
+        parallel.wait()
     if run.due("pretrain"):
         pretrain(run)
     if not any(map(run.due, ("sft", "dpo", "evaluate"))):
@@ -83,6 +84,8 @@ def main():
     if run.due("dpo"):
         load_adapter(model, run.out / "sft", "sft")  # what was saved is what goes on
         dpo(run, model, splits, pairs, held_out)
+    if not parallel.leave():
+        return
     if run.due("evaluate"):
         load_adapter(model, run.out / "sft", "sft")
         load_adapter(model, run.out / "dpo", "dpo")  # sft and dpo as one, as exported
@@ -92,7 +95,8 @@ def main():
 
 def tell(text: str):
     """A line of progress."""
-    print(text, flush=True)
+    if parallel.first():
+        print(text, flush=True)
 
 
 def check_targets(run: Run):
@@ -125,8 +129,7 @@ def pretrain(run: Run):
         fitting = [e if 1 + len(e[1]) <= max_length else None for e in examples]
         examples = keep_fitting(fitting, max_length, "threads", tell)
         train_packed(run, "pretrain", model, examples)
-        save_llama(model, run.out / "base", tokenizer_from=folder)
-    run.state_path("pretrain").unlink(missing_ok=True)
+        run.finish("pretrain", lambda: save_llama(model, run.out / "base", tokenizer_from=folder))
 
 
 def train_packed(run: Run, stage: str, model, examples):
@@ -151,8 +154,7 @@ def sft(run: Run, model, examples):
     """Train the adapter `sft` on packed question/answer texts; the answers are scored."""
     add_run_adapter(run, model, "sft")
     train_packed(run, "sft", model, examples)
-    save_adapter(model, ["sft"], run.out / "sft", str(run.model_folder))
-    run.state_path("sft").unlink(missing_ok=True)
+    run.finish("sft", lambda: save_adapter(model, ["sft"], run.out / "sft", str(run.model_folder)))
 
 
 def add_run_adapter(run: Run, model, name: str):
@@ -194,11 +196,13 @@ def dpo(run: Run, model, splits, pairs, held_out):
         reference.save()
         eval_reference.save()
 
+    def save():
+        keep()
+        save_adapter(model, ["sft", "dpo"], run.out / "dpo", str(run.model_folder))
+
     batches = pair_batches(pairs, batch_size, args.seed)
     run.train("dpo", model, objective, batches, collate, evaluate_pairs, keep)
-    keep()
-    save_adapter(model, ["sft", "dpo"], run.out / "dpo", str(run.model_folder))
-    run.state_path("dpo").unlink(missing_ok=True)
+    run.finish("dpo", save)
 
 
 def evaluate(run: Run, model, tokenizer, held_out):

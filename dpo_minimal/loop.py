@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from dpo_minimal import parallel
 from dpo_minimal.checkpoint import load_state, save_state
 from dpo_minimal.files import whole_file
 
@@ -85,21 +86,25 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = rate
 
-        batches = [collate(next(draw)) for _ in range(settings.grad_accum)]
-        count = sum(batch.count for batch in batches)  # so that 4 batches of 1 are 1 batch of 4
+        shares = [parallel.share(next(draw)) for _ in range(settings.grad_accum)]
+        batches = [collate(rows) for rows in shares if rows]
+        # Of all batches and processes together, so that 4 batches of 1 are 1 batch of 4.
+        count = parallel.total(sum(batch.count for batch in batches))
         sums = Counter()
         for batch in batches:
             losses, metrics = objective(model, batch)
             (losses.sum() / count).backward()
             for name, values in {"loss": losses, **metrics}.items():
                 sums[name] += values.detach().sum()
+        parallel.add_gradients(parameters)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        tokens = sum(batch.num_tokens for batch in batches)
+        tokens = parallel.total(sum(batch.num_tokens for batch in batches))
         num_tokens += tokens
-        means = {name: float(total) / count for name, total in sums.items()}  # waits for the GPU
+        sums = parallel.total({name: float(value) for name, value in sums.items()})
+        means = {name: value / count for name, value in sums.items()}
         seconds = time.perf_counter() - started
         log.write(
             step,
@@ -109,7 +114,7 @@ def train(
             num_tokens=num_tokens,
             tokens_per_second=round(tokens / seconds, 1),
         )
-        if settings.save_every and (step + 1) % settings.save_every == 0:
+        if settings.save_every and (step + 1) % settings.save_every == 0 and parallel.first():
             if keep:
                 keep()
             progress = dict(step=step + 1, num_tokens=num_tokens, place=order.place)
@@ -140,6 +145,8 @@ class Log:
 
     def rewind(self, step: int):
         """Forget lines of this stage from `step` on: an interrupted run writes them again."""
+        if not parallel.first():
+            return
         lines = self.path.read_text("utf-8").splitlines() if self.path.exists() else []
         rows = ((json.loads(line), line) for line in lines if line.endswith("}"))
         kept = [line for row, line in rows if row["stage"] != self.stage or row["step"] < step]
@@ -149,6 +156,8 @@ class Log:
 
     def write(self, step: int, prefix: str = "", **metrics):
         """Append a line; `prefix` marks the metrics of an evaluation."""
+        if not parallel.first():
+            return
         row = {"stage": self.stage, "step": step}
         row |= {prefix + name: value for name, value in metrics.items()}
         row["epoch"] = round((step + (not prefix)) / self.steps_per_epoch, 4)

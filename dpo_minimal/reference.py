@@ -10,6 +10,7 @@ import torch
 from dpo_minimal.evaluate import batch_logps
 from dpo_minimal.files import whole_file
 from dpo_minimal.lora import active_adapters
+from dpo_minimal.parallel import processes
 
 
 def reference_logps(model, batch) -> torch.Tensor:
@@ -48,8 +49,9 @@ def open_reference(run, model, texts, n: int, batch_size: int) -> Reference:
     The file's name is a hash of all that the values depend on: weights, texts, tokenizer, batches,
     dtype, device.
     """
-    settings = (n, run.args.max_length, batch_size, run.args.seed, run.dtype, run.device)
-    digest = hashlib.sha256(repr(settings).encode() + texts.digest())
+    batches = (n, run.args.max_length, batch_size, run.args.seed, processes())
+    settings = repr((batches, run.dtype, run.device))
+    digest = hashlib.sha256(settings.encode() + texts.digest())
     for path in sorted(run.model_folder.glob("tokenizer*")):
         digest.update(path.read_bytes())
     for name, tensor in model.state_dict().items():

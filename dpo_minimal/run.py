@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dpo_minimal import InputError
+from dpo_minimal import InputError, parallel
 from dpo_minimal.files import read_json, write_json
 from dpo_minimal.loop import Log, Settings, count_steps, steps_per_epoch, train
 
@@ -142,16 +142,26 @@ class Run:
         epoch = steps_per_epoch(settings, batches.num_batches())
         log = Log(self.out / "metrics.jsonl", stage, steps, epoch)
         state = self.state_path(stage)
-        if not self.args.resume:
+        if not self.args.resume and parallel.first():
             state.unlink(missing_ok=True)
+        parallel.wait()
         train(model, objective, batches, collate, steps, settings, log, state, evaluate, keep)
 
     def state_path(self, stage: str) -> Path:
         """Where an interrupted stage is kept; it goes when the stage's product is there."""
         return self.out / "state" / f"{stage}.pt"
 
+    def finish(self, stage: str, save):
+        """Save a stage's product; only then its state may go, and other processes may go on."""
+        if parallel.first():
+            save()
+            self.state_path(stage).unlink(missing_ok=True)
+        parallel.wait()
+
     def start(self):
         """Make the folder and write config.json: all settings and versions."""
+        if not parallel.first():
+            return
         (self.out / "state").mkdir(parents=True, exist_ok=True)
         on_gpu = self.device.startswith("cuda")
         record = {
@@ -193,7 +203,8 @@ def read_run(description: str) -> Run:
     given = {name: value for name, value in given.items() if value is not None}
     stages = BLOG if args.data else FORUM
     settings = {stage: replace(preset, **given) for stage, preset in stages.items()}
-    return Run(args, out, device, getattr(torch, dtype), settings)
+    # After the checks: the other processes would take what the first one writes for another run.
+    return Run(args, out, parallel.start(device), getattr(torch, dtype), settings)
 
 
 def check_flags(args):

@@ -15,7 +15,7 @@ import torch
 
 import train
 from dpo_minimal import forum, loop, run_command
-from dpo_minimal.batches import answer_rows
+from dpo_minimal.batches import answer_rows, pair_batch
 from dpo_minimal.checkpoint import load_adapter, load_llama, save_llama
 from dpo_minimal.data import encode_pair, load_pairs, load_splits
 from dpo_minimal.files import open_safetensors
