@@ -74,6 +74,7 @@ def measure(args, folder: Path) -> dict:
         watch(run("--stage", "pretrain", "--max-steps", 2, "--out", folder / "forum"))
         model = folder / "forum" / "base"
     stages, flags = {}, ["--model", model, "--data", data, "--out", folder / "run"]
+    flags += ["--batch-size", 4, "--grad-accum", 1]
     for stage in ("sft", "dpo"):
         more = ["--stage", stage, "--max-steps", args.max_steps, "--max-length", args.max_length]
         stages[stage] = watch(run(*flags, *more))
@@ -88,7 +89,7 @@ def main():
     parser.add_argument("--pairs", type=int, default=1_000_000)
     parser.add_argument("--bytes-per-answer", type=int, default=1000)
     parser.add_argument("--max-length", type=int, default=1024)
-    parser.add_argument("--max-steps", type=int, default=20)
+    parser.add_argument("--max-steps", type=int, default=10)
     parser.add_argument("--model", help="a model folder; without it a tiny one is made")
     parser.add_argument("--scratch", help="a folder with room for twice the data")
     parser.add_argument("--json", help="where the figures go")

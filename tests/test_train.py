@@ -377,7 +377,7 @@ def test_a_thread_longer_than_max_length_is_dropped_and_counted(tmp_path, monkey
     command("--stage", "pretrain", "--max-length", 90, "--out", tmp_path / "run")
     said = capsys.readouterr().out
     assert re.search(r"threads: dropped \d+ of 200 longer than 90 tokens", said)
-    assert 80 < max(widths) <= 90 and sum(widths) > 20 * 80
+    assert len(widths) > 5 and 80 < max(widths) <= 90
 
 
 # Bad input: one line, exit status 2, nothing half-written.
