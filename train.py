@@ -8,11 +8,12 @@ The stages, in order: pretrain (only without --model), sft, dpo, evaluate. Read 
 
 import json
 import tempfile
+from functools import partial
 
 import torch
 
 from dpo_minimal import forum, run_command
-from dpo_minimal.batches import joined, packed_batch, packed_batches, pair_batch, pair_batches
+from dpo_minimal.batches import collate_packed, collate_pairs, packed_batches, pair_batches
 from dpo_minimal.checkpoint import load_adapter, load_llama, read_config, save_adapter, save_llama
 from dpo_minimal.data import encode_pairs, encode_sft, keep_fitting, load_splits, read_rows
 from dpo_minimal.evaluate import (
@@ -135,10 +136,7 @@ def train_packed(run: Run, stage: str, model, examples):
     batches = packed_batches(examples, max_length, run.args.seed)
     texts = f"{len(examples)} texts in {batches.num_rows()} rows"
     tell(f"{stage:9} {texts} of up to {max_length} tokens")
-
-    def collate(rows):
-        return packed_batch(joined(rows), rows, run.device)
-
+    collate = partial(collate_packed, device=run.device)
     run.train(stage, model, token_objective, batches, collate)
 
 
@@ -175,10 +173,6 @@ def dpo(run: Run, model, splits, pairs, held_out):
     eval_reference = open_reference(run, model, splits.evaluation, len(held_out), batch_size)
     eval_order = one_epoch(held_out, batch_size)
 
-    def collate(rows):
-        pairs = joined(rows)
-        return pair_batch(pairs, list(pairs), run.device)
-
     def objective(model, batch):
         policy = preference_logps(model, batch)  # chosen [B], rejected [B]
         ref = reference.logps(model, batch).to(policy[0]).T  # [2, B]
@@ -195,6 +189,7 @@ def dpo(run: Run, model, splits, pairs, held_out):
         eval_reference.save()
 
     batches = pair_batches(pairs, batch_size, args.seed)
+    collate = partial(collate_pairs, device=run.device)
     run.train("dpo", model, objective, batches, collate, evaluate_pairs, keep)
     keep()
     save_adapter(model, ["sft", "dpo"], run.out / "dpo", str(run.model_folder))

@@ -108,8 +108,8 @@ def pack(lengths: list[int], max_length: int) -> list[list[int]]:
     return [row for rows in rows_by_room for row in rows]
 
 
-def packed_batch(examples, rows: list[list[int]], device) -> Batch:
-    """Packed rows as one batch. examples: (unscored ids, scored ids) each; rows: as from `pack`.
+def packed_batch(examples, rows, device) -> Batch:
+    """Packed rows as one batch. examples: (unscored ids, scored ids) by number; rows: numbers.
 
     Each example sees itself alone: `mask` is causal within it and its positions start at 0.
     """
@@ -131,6 +131,17 @@ def packed_batch(examples, rows: list[list[int]], device) -> Batch:
         positions=pad(positions, 0, torch.int64, device),
         mask=same.tril(),
     )
+
+
+def collate_pairs(rows: list[dict[int, EncodedPair]], device) -> Batch:
+    """Rows of one pair each as a batch."""
+    pairs = joined(rows)
+    return pair_batch(pairs, list(pairs), device)
+
+
+def collate_packed(rows: list[dict[int, tuple]], device) -> Batch:
+    """Packed rows as a batch."""
+    return packed_batch(joined(rows), rows, device)
 
 
 def pair_rows(pairs, indices) -> list[dict[int, EncodedPair]]:

@@ -25,7 +25,7 @@ FORUM = {
     "sft": Settings(learning_rate=2e-3, batch_size=8, epochs=3, save_every=100),
     "dpo": Settings(learning_rate=1.5e-3, batch_size=32, epochs=2, eval_every=100, save_every=50),
 }
-MANY = 50_000  # examples
+MANY = 50_000  # examples: one has a thousand pairs held out, and seeing them takes minutes
 # Flags that one stage trains with: unlike the others, they mean nothing to another stage.
 STAGE_FLAGS = {field.name for field in fields(Settings)} - {"seed"}
 # Those of the blog's run on Llama 2 7B and stack-exchange-paired, but for SFT's learning rate, 1e-4
@@ -120,8 +120,7 @@ class Run:
     def fitted(self, stage: str, num_examples: int) -> Settings:
         """A stage's settings; without flags, steps so small that an epoch has at least 32.
 
-        Many examples are for large models: there an evaluation takes minutes, and what is known
-        before step 0 is not waited for.
+        With many examples the first step does not wait for an evaluation of what is known anyway.
         """
         settings = replace(self.settings[stage], eval_at_start=num_examples < MANY)
         if self.args.batch_size or self.args.grad_accum:

@@ -365,14 +365,14 @@ def test_a_thread_longer_than_max_length_is_dropped_and_counted(tmp_path, monkey
     threads, widths = forum.make_forum(0)["pretrain"][:200], []
     monkeypatch.setattr(forum, "make_forum", lambda seed: {"pretrain": threads})
     monkeypatch.setattr(train, "TINY_LLAMA", TINY)
-    packed_batch = train.packed_batch
+    collate = train.collate_packed
 
-    def watch(*args):
-        batch = packed_batch(*args)
+    def watch(*args, **named):
+        batch = collate(*args, **named)
         widths.append(batch.tokens.shape[1])
         return batch
 
-    monkeypatch.setattr(train, "packed_batch", watch)
+    monkeypatch.setattr(train, "collate_packed", watch)
     command("--stage", "pretrain", "--max-length", 90, "--out", tmp_path / "run")
     said = capsys.readouterr().out
     assert re.search(r"threads: dropped \d+ of 200 longer than 90 tokens", said)
