@@ -183,8 +183,9 @@ def test_pairs_on_demand_that_are_too_long_are_dropped_and_counted(monkeypatch):
 def test_an_order_goes_on_from_its_place_without_tokenizing_what_came_before(monkeypatch, read):
     texts = some_pairs(1000, words=20)
     whole = pair_batches(on_demand(monkeypatch, texts, 20)[1], 4, 0)
-    draw(whole, read)
-    place, expected = whole.place, draw(whole, 70)
+    uninterrupted = iter(whole)
+    draw(uninterrupted, read)
+    place, expected = whole.place, draw(uninterrupted, 70)
     tokenizer, pairs = on_demand(monkeypatch, texts, 20)
     resumed = pair_batches(pairs, 4, 0)
     resumed.place = place
@@ -210,8 +211,9 @@ def test_texts_on_demand_are_packed_a_window_at_a_time(monkeypatch):
     fitting = [i for i, e in enumerate(texts) if 5 + len(e[1].split()) <= 24]
     assert sorted(seen) == fitting and 2000 < len(fitting) < 3000
     assert abs(order.num_rows() - rows) < 0.1 * rows
-    longest = [max(len(p) + len(a) for p, a in row.values()) for row in order.first]
-    assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
+    filled = [sum(len(p) + len(a) for p, a in row.values()) for row in order.first]
+    falling = sum(a > b for a, b in zip(filled, filled[1:], strict=False))
+    assert falling > 50  # as packing leaves them, the fullest rows come first: 20 times or so
 
 
 # The reference.
