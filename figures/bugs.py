@@ -21,17 +21,18 @@ STEPS = 40
 HEALTHY = 0
 # The bug's number: the metric that shows it, and what a reader should see.
 SHOWN = {
-    1: ("logps/chosen", "answers almost certain at step 0"),
-    3: ("logps/chosen", "pads make answers unlikely"),
+    1: ("logps/chosen", "good answers look impossible"),
+    3: ("logps/rejected", "the batch decides"),
     12: ("rewards/margins", "a margin before any step"),
     13: ("loss", "ln 2 for ever"),
     14: ("rewards/margins", "hardly any margin"),
     18: ("rewards/margins", "the margin falls"),
-    26: ("logps/chosen", "the model knows no word"),
-    30: ("grad_norm", "steps are 8 times as large"),
+    26: ("logps/chosen", "good answers look impossible"),
+    30: ("grad_norm", "100 times as large"),
 }
 LABELS = {
     "logps/chosen": "log π(chosen), nats",
+    "logps/rejected": "log π(rejected), nats",
     "rewards/margins": "reward margin",
     "loss": "loss",
     "grad_norm": "gradient norm",
@@ -82,7 +83,10 @@ def draw(data, plt):
         run = data[str(number)]
         for curve, colour in ((data[str(HEALTHY)], BLUE), (run, RED)):
             axis.plot(curve[metric], color=colour, linewidth=1.3)
-        axis.axhline(0, color=GREY, linewidth=0.6)
+        if metric == "grad_norm":
+            axis.set_yscale("log")
+        else:
+            axis.axhline(0, color=GREY, linewidth=0.6)
         axis.set_title(f"{number} {run['name']}:\n{text}", fontsize=9)
         axis.set(xlabel="step", ylabel=LABELS[metric])
     figure.suptitle("Eight bugs (red) beside the healthy run (blue): each shows in one curve")

@@ -97,7 +97,7 @@ def draw(data, plt):
             axis.plot(x, y, LOOKS[name][1], color=LOOKS[name][0], markersize=6)
             for text, p in group.items():
                 label(axis, p["kl"], p["score"], text, *LOOKS[name][::2])
-        axis.set_xlim(-0.25, 3.0)
+        axis.set_xlim(-0.3, 3.0)
     panels[0].set_ylabel("expected true score")
     share = data["held_out"]["DPO 1"]["share_of_gain"]
     figure.suptitle(f"DPO at β = 1 gets {share:.0%} of the reward that its KL can buy (the curve)")
@@ -118,7 +118,7 @@ def groups(part: dict) -> dict:
     """The points of a panel, {group: {label: point}}."""
     return {
         "DPO": {f"DPO, β = {beta:g}": part[f"DPO {beta:g}"] for beta in BETAS},
-        "variants": {"DPO, β = 1, certain votes": part["DPO 1, every vote certain"]},
+        "variants": {"β = 1, certain votes": part["DPO 1, every vote certain"]},
         "IPO": {"IPO, β = 0.2": part["IPO 0.2"]},
         "best of": {f"best of {n}": p for n, p in part["best of n"].items()},
         "SFT": {"SFT on chosen": part["SFT on chosen"]},

@@ -92,9 +92,10 @@ def draw(data, plt):
             axis.plot(x, y, ":", color=colour, linewidth=1)
             axis.plot(x[0], y[0], "o", color=colour)
             axis.plot(x[1], y[1], "o", color=colour, markerfacecolor="white")
-            label(axis, x[0], y[0], f"{kind}, {share:.0%} wrong votes", colour, (7, -9))
-    axis.set(xlabel="KL to SFT, nats an answer", ylabel="expected true score", xlim=(0, 1.5))
-    axis.set_title("Wrong votes and smoothing both shorten the way (● tuned, ○ optimum)")
+            label(axis, x[0], y[0], f"{kind}, {share:.0%} wrong votes", colour, (7, -11))
+    axis.set(xlabel="KL to SFT, nats an answer", ylabel="expected true score", xlim=(0.008, 2))
+    axis.set_xscale("log")
+    axis.set_title("Smoothing does not undo wrong votes (● tuned, ○ optimum)")
     return figure
 
 

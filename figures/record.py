@@ -53,7 +53,8 @@ def write_result(path: Path, data: dict):
     }
     RESULTS.mkdir(exist_ok=True)
     lines = [
-        f"{json.dumps(k)}: {json.dumps(rounded(v))}" for k, v in ({"made": made} | data).items()
+        f"{json.dumps(str(k))}: {json.dumps(rounded(v))}"
+        for k, v in ({"made": made} | data).items()
     ]
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
     print(f"written   {path}")
