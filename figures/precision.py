@@ -19,6 +19,7 @@ RUNS = {
     "full": t.Recipe(precision="full", learning_rate=t.FULL_RATE),
 }
 COLOURS = dict(zip(RUNS, (BLUE, ORANGE, GREEN), strict=True))
+OFFSETS = dict(zip(RUNS, ((-8, 5), (8, -10), (8, -10)), strict=True))
 
 
 def compute() -> dict:
@@ -65,10 +66,10 @@ def draw(data, plt):
         curve = [run["sft"], *reversed(run["frontier"])]
         axis.plot([p["kl"] for p in curve], [p["score"] for p in curve], color=colour, alpha=0.5)
         axis.plot(run["dpo"]["kl"], run["dpo"]["score"], "o", color=colour)
-        label(axis, run["dpo"]["kl"], run["dpo"]["score"], name, colour, (7, -10))
+        label(axis, run["dpo"]["kl"], run["dpo"]["score"], name, colour, OFFSETS[name])
     axis.axhline(0, color=GREY, linewidth=0.8)
     axis.set(xlabel="KL to its own SFT, nats an answer", ylabel="expected true score")
-    axis.set_title("DPO at β = 1 in 4 bits, in 32, and of all weights (curves: optima)")
+    axis.set_title("4 bits cost nothing here; all weights go farther in the same steps")
     return figure
 
 
