@@ -1,0 +1,42 @@
+"""Reference solutions as trees of files, and wrong ones. For instructors: imports the taught code.
+
+A submission is the taught code with functions replaced, as text, so that it is graded as a
+student's is.
+"""
+
+import inspect
+import sys
+from dataclasses import astuple
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import solutions.standard  # noqa: E402
+import solutions.variants  # noqa: E402, F401
+from problems import PROBLEMS  # noqa: E402
+from source import replace_function  # noqa: E402
+from variants import Variant  # noqa: E402
+
+
+def solution(v: Variant) -> dict[str, str]:
+    """The files that a perfect student hands in."""
+    paths = {path for problem in PROBLEMS for path in problem.files}
+    files = {}
+    for path in sorted(paths):
+        taught = HERE.parent / path
+        place = taught if taught.exists() else HERE / "handout" / path
+        files[path] = place.read_text("utf-8")
+    order = sorted(solutions.standard.ANSWERS, key=lambda answer: answer[0] is not None)
+    for choice, path, name, function in order:
+        if choice is None or choice in astuple(v):
+            files[path] = replace_function(files[path], name, inspect.getsource(function))
+    return files
+
+
+def write(folder: Path, files: dict[str, str]) -> Path:
+    """A submission in a folder."""
+    for path, text in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text, "utf-8")
+    return folder
