@@ -165,7 +165,7 @@ def dequantize(packed, shape, code, block_size, dtype="float32", **absmax):
     return {"weight": y, "dtype": y.dtype}
 
 
-def nf4_matmul(x, W, g, dtype="float32"):
+def nf4_matmul(x, W, g=None, dtype="float32"):
     """Also counts: dequantizations in all, and tensors of W's size that autograd keeps."""
     nf4, count, kept = module("nf4"), [], []
 
@@ -181,6 +181,8 @@ def nf4_matmul(x, W, g, dtype="float32"):
     with keep:
         y = nf4.NF4Matmul.apply(x, types.SimpleNamespace(weight="packed"))
     forward = len(count)
+    if g is None:
+        return {"y": y, "dtype": y.dtype}
     (y * tensor(g).to(y)).sum().backward()
     dx = torch.zeros_like(x) if x.grad is None else x.grad
     counts = {"dequantized in forward": forward, "in backward": len(count) - forward}

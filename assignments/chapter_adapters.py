@@ -16,7 +16,7 @@ def lora_inputs(*shape, out, ranks, active, dtype="float32", frozen=(), names="p
     def draw(rng, v):
         into, factors = shape[-1], list(names[: len(ranks)])
         i = {"x": normal(rng, *shape, dtype=dtype), "W": normal(rng, out, into, dtype=dtype)}
-        i |= {"factors": factors, "alpha": float(rng.integers(3, 9)), "ranks": list(ranks)}
+        i |= {"factors": factors, "alpha": float(rng.uniform(3, 9)), "ranks": list(ranks)}
         for name, r in zip(factors, ranks, strict=True):
             i |= {f"A {name}": normal(rng, r, into), f"B {name}": normal(rng, out, r)}
         return i | {"active": list(active), "frozen": list(frozen), "dtype": dtype}
@@ -82,7 +82,7 @@ the reference. `LoRALinear` adds the adapters named in `active` to its base, in 
                 "hand value",
                 2,
                 "lora",
-                lora_inputs(1, 2, out=2, ranks=(1,), active="p"),
+                lora_inputs(1, 2, out=2, ranks=(2,), active="p"),
                 expect_lora,
             ),
             "y = W x + scale * B A x, one number at a time.",

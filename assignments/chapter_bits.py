@@ -276,11 +276,11 @@ block is cut off. The helpers below it made the taught version faster; you need 
 # --- the 4-bit linear layer -------------------------------------------------------------------
 
 
-def matmul_inputs(*shape, out, dtype="float32"):
+def matmul_inputs(*shape, out, dtype="float32", backward=True):
     def draw(rng, v):
         x = normal(rng, *shape, dtype=dtype)
         W, g = normal(rng, out, shape[-1]), normal(rng, *shape[:-1], out)
-        return {"x": x, "W": W, "g": g, "dtype": dtype}
+        return {"x": x, "W": W, "dtype": dtype} | ({"g": g} if backward else {})
 
     return draw
 
@@ -309,11 +309,11 @@ dequantized one: backward dequantizes again with `dequantize_nf4` (graded apart)
 the dtype of what it is multiplied with.""",
     checks=(
         Check(
-            *("shape", 1, "nf4_matmul", matmul_inputs(2, 3, out=4), expect_matmul("y", "dtype")),
+            *("shape", 1, "nf4_matmul", matmul_inputs(2, 3, out=4, backward=False), expect_matmul("y", "dtype")),
             "y is [..., out] in x's dtype.",
         ),
         Check(
-            *("hand value", 1, "nf4_matmul", matmul_inputs(1, 2, out=2), expect_matmul("y")),
+            *("hand value", 1, "nf4_matmul", matmul_inputs(1, 2, out=2, backward=False), expect_matmul("y")),
             "y = x W^T.",
         ),
         Check(

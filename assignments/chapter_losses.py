@@ -229,14 +229,14 @@ averaged, rewards are beta times the log-ratios and carry no gradient, a log-sig
         ),
     ),
     bugs={
+        "sign": """The sign of delta is wrong (or chosen and rejected are swapped, or the smoothing
+weights the wrong term): the loss falls as the rejected answer gains.""",
         "pair swapped": "Chosen and rejected are swapped.",
-        "sign": "The sign of delta is wrong: the loss falls as the rejected answer gains.",
         "reference left out": "The reference's log-probabilities are left out.",
         "beta twice": "beta is applied twice.",
         "beta left out": "beta is left out.",
         "rewards without beta": "Rewards lack beta.",
         "rewards not detached": "Rewards carry a gradient: detach them.",
-        "smoothing reversed": "The smoothing weights the wrong term: 1 - e is for the given vote.",
         "smoothing ignored": "label_smoothing is ignored.",
         "conservative, not robust": "This is conservative DPO; the problem asks for robust DPO.",
         "1 / beta for 1 / (2 beta)": "IPO's target is 1 / (2 beta).",
@@ -265,11 +265,13 @@ def expect_by_hand(i, v, bug=""):
     a = only(i, *i) | {"v": v, "kind": "ipo" if v.loss == "ipo" else "sigmoid"}
     leaves = {name: a.pop(name) for name in ("pc", "pr")}
     chosen, rejected = leaves["pc"], leaves["pr"]
-    bugs = {"bug": bug if bug in DPO.bugs else ""}
+    bugs = {"bug": bug if bug in DPO.bugs and bug != "sign" else ""}
     g = np.ones(len(chosen)) / (1 if bug == "not averaged" else len(chosen))
     found = oracle.gradients(lambda **m: oracle.dpo(**a, **m, **bugs)[0], g, step=1e-3, **leaves)
     if bug == "sigmoid of plus delta":
         found = {n: np.sign(d) * (a["beta"] * g - abs(d)) for n, d in found.items()}
+    if bug == "sign":
+        found = {n: -d for n, d in found.items()}
     found["d pr"] = -found["d pr"] if bug == "same sign for both" else found["d pr"]
     return found
 

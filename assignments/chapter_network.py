@@ -62,6 +62,7 @@ return the dtype of x. By hand: x = [3, 4], weight = [1, 2], eps = 0 gives [0.84
         Check(
             *("gradient", 2, "rmsnorm", norm_gradient, expect_norm),
             "The gradients with respect to x and the weight agree with finite differences.",
+            1e-3,
         ),
         Check(
             *("float64", 1, "rmsnorm", norm_inputs(3, 7, dtype="float64", size=0.01), expect_norm),
@@ -177,6 +178,7 @@ Compute in the table's dtype, return x's.""",
     ),
     bugs={
         "other layout": "The planes are of the other layout (halves or neighbours).",
+        "neighbours in, halves out": "Planes are taken from neighbours and put back as halves.",
         "turned backwards": "It turns backwards: the sign of the sine.",
         "cos and sin swapped": "cos and sin are swapped.",
         "a sign in the second half": "The second entry of a plane has a wrong sign: b cos + a sin.",

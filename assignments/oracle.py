@@ -65,11 +65,12 @@ def rotary(x, positions, theta, v, bug=""):
     cos, sin = np.cos(angles), np.sin(angles)
     sin = -sin if bug == "turned backwards" else sin
     cos, sin = (sin, cos) if bug == "cos and sin swapped" else (cos, sin)
-    interleaved = (v.rotary == "interleaved") != (bug == "other layout")
+    mixed = bug == "neighbours in, halves out"
+    interleaved = (v.rotary == "interleaved") != (bug == "other layout") or mixed
     first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else np.split(x, 2, axis=-1)
     sign = -1 if bug == "a sign in the second half" else 1
     turned = first * cos - second * sin, second * cos + sign * first * sin
-    if interleaved:
+    if interleaved and not mixed:
         return np.stack(turned, axis=-1).reshape(x.shape)
     return np.concatenate(turned, axis=-1)
 
@@ -213,9 +214,11 @@ def dequantize(packed, shape, code, block_size, bug="", absmax=None, **double):
     return values.reshape(shape)
 
 
-def nf4_matmul(x, W, g, bug=""):
+def nf4_matmul(x, W, g=None, bug=""):
     """y = x W^T; dx = g W."""
     y = x @ (W if bug == "forward transposed" else W.T)
+    if g is None:
+        return {"y": y}
     dx = g @ (W.T if bug == "backward transposed" else W)
     return {"y": y, "d x": dx * {"no gradient": 0, "twice the gradient": 2}.get(bug, 1)}
 
@@ -310,8 +313,7 @@ def dpo(pc, pr, rc, rr, beta, label_smoothing=0.0, kind="sigmoid", v=None, bug="
     if bug == "reference left out":
         rc, rr = rc * 0, rr * 0
     chosen, rejected = pc - rc, pr - rr
-    e = 1 - label_smoothing if bug == "smoothing reversed" else label_smoothing
-    e = 0 if bug == "smoothing ignored" else e
+    e = 0 if bug == "smoothing ignored" else label_smoothing
     inside = {"beta twice": beta**2, "beta left out": 1.0, "sign": -beta}.get(bug, beta)
     h = inside * (chosen - rejected)
     if kind == "sigmoid":
@@ -323,9 +325,8 @@ def dpo(pc, pr, rc, rr, beta, label_smoothing=0.0, kind="sigmoid", v=None, bug="
         losses = (h / beta - target) ** 2
     else:
         losses = np.maximum(0, 1 - h)
-    scale = 1.0 if bug in ("rewards without beta", "beta left out") else beta
-    rewards = scale * chosen, scale * rejected
-    return losses, *(rewards[::-1] if bug == "pair swapped" else rewards)
+    scale = 1.0 if bug == "rewards without beta" else beta
+    return losses, scale * chosen, scale * rejected
 
 
 def logps_gradient(logits, targets, bug=""):

@@ -4,6 +4,7 @@ A submission is the taught code with functions replaced, as text, so that it is 
 student's is.
 """
 
+import ast
 import inspect
 import sys
 from dataclasses import astuple
@@ -15,7 +16,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import solutions.standard  # noqa: E402
 import solutions.variants  # noqa: E402, F401
 from problems import PROBLEMS  # noqa: E402
-from source import replace_function  # noqa: E402
+from source import functions, replace_function  # noqa: E402
 from variants import Variant  # noqa: E402
 
 
@@ -40,3 +41,24 @@ def write(folder: Path, files: dict[str, str]) -> Path:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text, "utf-8")
     return folder
+
+
+def spoiled(v: Variant, wrong) -> dict[str, str]:
+    """The reference solution with one wrong function; LookupError if that is not there to spoil."""
+    files = solution(v)
+    changes = [(wrong.function, wrong.old, wrong.new), wrong.also]
+    for function, old, new in (change for change in changes if change[0]):
+        for path in next(p for p in PROBLEMS if p.name == wrong.problem).files:
+            if function in functions(ast.parse(files[path])):
+                files[path] = change_within(files[path], function, old, new)
+    return files
+
+
+def change_within(source: str, name: str, old: str, new: str) -> str:
+    """Replace a piece of one function's text."""
+    node = functions(ast.parse(source))[name]
+    lines = source.splitlines(keepends=True)
+    own = "".join(lines[node.lineno - 1 : node.end_lineno])
+    if old not in own:
+        raise LookupError(f"{name}: there is no {old!r} in the reference any more")
+    return "".join([*lines[: node.lineno - 1], own.replace(old, new), *lines[node.end_lineno :]])

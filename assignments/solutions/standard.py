@@ -4,10 +4,13 @@ For instructors. A function's decorator says whose place it takes; the rest of t
 solution is the taught code itself.
 """
 
+import math
+
 import numpy as np
 import torch
 
 from dpo_minimal.llama import at_least_float32, rotate
+from dpo_minimal.nf4 import NF4_CODE, dequantize_absmax
 
 ANSWERS = []  # (variant's choice or None, file, qualified name, function)
 
@@ -64,3 +67,14 @@ def chunk_logps(hidden, head, targets):
     logits = head(hidden)
     logits = logits.to(at_least_float32(logits))  # [N, V]
     return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=1)
+
+
+@answers("dpo_minimal/nf4.py", "dequantize_nf4")
+def dequantize_nf4(quantized):
+    absmax = dequantize_absmax(quantized)  # [blocks]
+    nibbles = torch.stack((quantized.packed >> 4, quantized.packed & 15), dim=1).flatten()
+    n = math.prod(quantized.shape)
+    values = NF4_CODE.to(nibbles.device)[nibbles[:n].int()]
+    absmax = absmax.repeat_interleave(quantized.block_size)[:n]
+    values = values * absmax
+    return values.to(quantized.dtype).view(quantized.shape)
