@@ -78,9 +78,12 @@ def quantize_inputs(*shape, block_size=4, double_quant=False, dtype="float32", c
 
     def draw(rng, v):
         weight = normal(rng, *shape)
+        if not coarse:  # in the first block the largest magnitude is a negative weight's
+            flat = weight.reshape(-1)[:block_size]
+            flat[np.abs(flat).argmax()] *= -np.sign(flat[np.abs(flat).argmax()])
         if double_quant:  # absmax in steps of 1/64: their sum is exact in any order
             flat = np.clip(weight.reshape(-1, block_size), -2, 2)
-            flat[:, 0] = rng.integers(129, 512, len(flat)) / 64
+            flat[:, 0] = rng.integers(129, 512, len(flat)) / -64
             weight = flat.reshape(shape)
         if coarse:
             weight = (rng.integers(-128, 129, shape) / 128).astype("float32")
@@ -102,6 +105,7 @@ def expect_quantized(i, v, bug=""):
 def zeros_in(rng, v):
     i = quantize_inputs(3, 8, block_size=8)(rng, v)
     i["weight"][1] = 0
+    i["weight"][2, 0] = -4
     return i
 
 
@@ -309,11 +313,23 @@ dequantized one: backward dequantizes again with `dequantize_nf4` (graded apart)
 the dtype of what it is multiplied with.""",
     checks=(
         Check(
-            *("shape", 1, "nf4_matmul", matmul_inputs(2, 3, out=4, backward=False), expect_matmul("y", "dtype")),
+            *(
+                "shape",
+                1,
+                "nf4_matmul",
+                matmul_inputs(2, 3, out=4, backward=False),
+                expect_matmul("y", "dtype"),
+            ),
             "y is [..., out] in x's dtype.",
         ),
         Check(
-            *("hand value", 1, "nf4_matmul", matmul_inputs(1, 2, out=2, backward=False), expect_matmul("y")),
+            *(
+                "hand value",
+                1,
+                "nf4_matmul",
+                matmul_inputs(1, 2, out=2, backward=False),
+                expect_matmul("y"),
+            ),
             "y = x W^T.",
         ),
         Check(

@@ -265,20 +265,24 @@ def expect_by_hand(i, v, bug=""):
     a = only(i, *i) | {"v": v, "kind": "ipo" if v.loss == "ipo" else "sigmoid"}
     leaves = {name: a.pop(name) for name in ("pc", "pr")}
     chosen, rejected = leaves["pc"], leaves["pr"]
-    bugs = {"bug": bug if bug in DPO.bugs and bug != "sign" else ""}
+    elsewhere = ("sign", "beta left out")  # in the loss these would change the sigmoid too
+    bugs = {"bug": bug if bug in DPO.bugs and bug not in elsewhere else ""}
     g = np.ones(len(chosen)) / (1 if bug == "not averaged" else len(chosen))
     found = oracle.gradients(lambda **m: oracle.dpo(**a, **m, **bugs)[0], g, step=1e-3, **leaves)
     if bug == "sigmoid of plus delta":
         found = {n: np.sign(d) * (a["beta"] * g - abs(d)) for n, d in found.items()}
     if bug == "sign":
         found = {n: -d for n, d in found.items()}
+    if bug == "beta left out":
+        found = {n: d / a["beta"] for n, d in found.items()}
     found["d pr"] = -found["d pr"] if bug == "same sign for both" else found["d pr"]
     return found
 
 
 def logits_inputs(N, V, size=1.0):
     def draw(rng, v):
-        return {"logits": size * rng.standard_normal((N, V)), "targets": rng.integers(0, V, N)}
+        logits = size * (rng.standard_normal((N, V)) + 2)
+        return {"logits": logits, "targets": rng.integers(0, V, N)}
 
     return draw
 

@@ -118,7 +118,7 @@ def expect_rotary(i, v, bug=""):
 
 def rotary_by_hand(rng, v):
     x = rng.integers(1, 5, (1, 1, 2, 2)).astype("float32")
-    return {"x": x, "positions": np.array([[0, int(rng.integers(1, 4))]]), "theta": 100.0} | {
+    return {"x": x, "positions": np.array([[0, int(rng.integers(2, 5))]]), "theta": 100.0} | {
         "dtype": "float32"
     }
 

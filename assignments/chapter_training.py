@@ -7,7 +7,7 @@ from ladder import Check, Problem, only
 
 # --- tokenization and masks -------------------------------------------------------------------
 
-WORDS = "the a big small red old cub fox ants school call young shirt salt wine it is not".split()
+WORDS = ["the", "a", "big", "small", "red", "old", "cub", "fox", "ants", "school", "call", "young", "shirt", "salt", "wine", "it", "is", "not"]
 
 
 def sentence(rng, n):
@@ -170,8 +170,8 @@ parameters. If `state_path` exists, `load_state(state_path, model, optimizer)` g
 (never a mean of means), clipped by norm; step; `log.write(step, loss=, learning_rate=,
 grad_norm= (before clipping), num_tokens= (of all steps), tokens_per_second=, and the mean of each
 metric over all examples of the step)`. With `save_every`, `save_state(state_path, model, optimizer,
-step=, num_tokens=)`. With `evaluate` and `eval_every`, before each such step and after the last
-one (that one always): `log.write(step, prefix="eval_", **evaluate(model))`.""",
+step=, num_tokens=)`. With `evaluate`, what `evaluate(model)` returns is logged with the prefix
+"eval_" before every `eval_every`-th step (if that is not 0) and after the last step (always).""",
     checks=(
         Check(
             *("shape", 1, "training", training_inputs(3), expect_training("w", "steps")),

@@ -13,10 +13,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-import solutions.standard  # noqa: E402
 import solutions.variants  # noqa: E402, F401
 from problems import PROBLEMS  # noqa: E402
-from source import functions, replace_function  # noqa: E402
+from solutions.standard import ANSWERS  # noqa: E402
+from source import body_of, distinctive, functions, replace_function, statements  # noqa: E402
 from variants import Variant  # noqa: E402
 
 
@@ -28,7 +28,7 @@ def solution(v: Variant) -> dict[str, str]:
         taught = HERE.parent / path
         place = taught if taught.exists() else HERE / "handout" / path
         files[path] = place.read_text("utf-8")
-    order = sorted(solutions.standard.ANSWERS, key=lambda answer: answer[0] is not None)
+    order = sorted(ANSWERS, key=lambda answer: answer[0] is not None)
     for choice, path, name, function in order:
         if choice is None or choice in astuple(v):
             files[path] = replace_function(files[path], name, inspect.getsource(function))
@@ -41,6 +41,13 @@ def write(folder: Path, files: dict[str, str]) -> Path:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text, "utf-8")
     return folder
+
+
+def own_statements() -> set[str]:
+    """The distinctive statements of the answers that the taught code does not have."""
+    nodes = [ast.parse(inspect.getsource(function)) for *_, function in ANSWERS]
+    found = statements(s for node in nodes for s in body_of(functions(node).popitem()[1]))
+    return {line for line in found if distinctive(line)}
 
 
 def spoiled(v: Variant, wrong) -> dict[str, str]:

@@ -84,4 +84,6 @@ def statements(nodes) -> set[str]:
 
 def distinctive(line: str) -> bool:
     """Whether a statement says something of its own: not `return y`, not a bare loop."""
-    return len(line) >= 28 and not line.startswith(("raise ", "import ", "from ", "assert "))
+    return len(line) >= 18 and not line.startswith(
+        ("raise ", "super()", "import ", "from ", "assert ")
+    )
