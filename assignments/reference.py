@@ -50,12 +50,14 @@ def own_statements() -> set[str]:
     return {line for line in found if distinctive(line)}
 
 
-def spoiled(v: Variant, wrong) -> dict[str, str]:
-    """The reference solution with one wrong function; LookupError if that is not there to spoil."""
+def spoiled(v: Variant, problem: str, changes) -> dict[str, str]:
+    """The reference solution with pieces of one problem's functions replaced.
+
+    changes: (function, old, new) each; LookupError if the old piece is not there.
+    """
     files = solution(v)
-    changes = [(wrong.function, wrong.old, wrong.new), wrong.also]
-    for function, old, new in (change for change in changes if change[0]):
-        for path in next(p for p in PROBLEMS if p.name == wrong.problem).files:
+    for function, old, new in changes:
+        for path in next(p for p in PROBLEMS if p.name == problem).files:
             if function in functions(ast.parse(files[path])):
                 files[path] = change_within(files[path], function, old, new)
     return files

@@ -1,5 +1,7 @@
 """Gradients by hand, in NumPy alone: no torch, no autograd. Shapes: B pairs, N tokens, V words."""
 
+import numpy as np  # noqa: F401
+
 
 
 def dpo_gradient(pc, pr, rc, rr, beta: float, label_smoothing: float = 0.0):
