@@ -1,15 +1,12 @@
 """The calls of the last two problems: texts to token rows, and the training loop."""
 
-import importlib
 import re
 import zlib
 from pathlib import Path
 
 import torch
 
-
-def module(name: str):
-    return importlib.import_module(f"dpo_minimal.{name}")
+from calls_tools import module
 
 
 class StandInTokenizer:

@@ -1,13 +1,30 @@
 """Problems 13 and 14: texts to token rows with a mask, and the training loop."""
 
-import numpy as np
-
-import oracle
+import oracle_losses as oracle
 from ladder import Check, Problem, only
 
 # --- tokenization and masks -------------------------------------------------------------------
 
-WORDS = ["the", "a", "big", "small", "red", "old", "cub", "fox", "ants", "school", "call", "young", "shirt", "salt", "wine", "it", "is", "not"]
+WORDS = [
+    "the",
+    "a",
+    "big",
+    "small",
+    "red",
+    "old",
+    "cub",
+    "fox",
+    "ants",
+    "school",
+    "call",
+    "young",
+    "shirt",
+    "salt",
+    "wine",
+    "it",
+    "is",
+    "not",
+]
 
 
 def sentence(rng, n):
@@ -106,11 +123,11 @@ rows padded on the right with 0 (use `pad`), and the mask. {mask}""",
     bugs={
         "one short": "Exactly max_length tokens fit.",
         "cut": "A pair that is too long is cut; it must be dropped (None).",
-        "only chosen measured": "Only the chosen answer is measured; the rejected one may be longer.",
+        "only chosen measured": "Only the chosen answer is measured: the other may be longer.",
         "both answers measured": "The two answers are in rows of their own: take the longer one.",
-        "space with the prompt": "The prompt is tokenized with its space: the space belongs to the answer.",
+        "space with the prompt": "The prompt is tokenized with the answer's leading space.",
         "merge not noticed": "Joint ids that do not begin with the prompt's must be an InputError.",
-        "tokenized apart": "The answer is tokenized apart from the prompt: its leading space is lost.",
+        "tokenized apart": "The answer is tokenized apart: its leading space is lost.",
         "EOS left out": "The EOS is missing: the model never learns to stop.",
         "EOS twice": "There are two EOS.",
         "BOS before the answer": "There is a BOS in front of the answer.",
@@ -126,7 +143,7 @@ rows padded on the right with 0 (use `pad`), and the mask. {mask}""",
     },
     changes={
         "answer": "Scored are the answer's tokens, its EOS included.",
-        "skip first": "NOT AS TAUGHT: the answer's FIRST token is not scored, the others and EOS are.",
+        "skip first": "NOT AS TAUGHT: the answer's FIRST token is not scored, all others are.",
         "no EOS": "NOT AS TAUGHT: the answer's tokens are scored WITHOUT the EOS.",
     },
 )
@@ -256,6 +273,4 @@ step=, num_tokens=)`. With `evaluate`, what `evaluate(model)` returns is logged 
     },
 )
 
-
 PROBLEMS = (TOKENS, TRAINING)
-SEED = np.random.default_rng  # the one kind of random numbers that inputs are drawn with

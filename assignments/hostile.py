@@ -4,13 +4,14 @@ Each is the reference solution with a few lines put in: at the beginning of a fu
 file. `self_check.py` grades them all and looks at what they left behind.
 """
 
+import ast
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
 from problems import PROBLEMS
 from reference import solution
-from source import body_of, functions, statements  # noqa: F401
+from source import body_of, functions
 from variants import Variant
 
 
@@ -44,9 +45,7 @@ HOSTILE = [
     ),
     Hostile("leaves at once", LLAMA, "rotate", "import os; os._exit(0)", ("rotary",)),
     Hostile("raises SystemExit", LOSS, "dpo_loss", "raise SystemExit(0)", ("dpo_loss",)),
-    Hostile(
-        "crashes", LORA, "merged_weight", "import ctypes; ctypes.string_at(0)", ("merge",)
-    ),
+    Hostile("crashes", LORA, "merged_weight", "import ctypes; ctypes.string_at(0)", ("merge",)),
     Hostile(
         "prints",
         LLAMA,
@@ -182,7 +181,8 @@ HOSTILE = [
         """
         import os
         for number in range(10):
-            try: os.mkfifo("out/%d" % number) if number % 2 else os.symlink("{canary}", "out/%d" % number)
+            place = "out/%d" % number
+            try: os.mkfifo(place) if number % 2 else os.symlink("{canary}", place)
             except OSError: pass
         os._exit(0)
         """,
@@ -196,7 +196,7 @@ HOSTILE = [
         import os
         for number in range(10):
             with open("out/%d" % number, "wb") as file:
-                file.write(b'{{"plain": {{"score": 9}}, "arrays": [["y", "float64", [1000000000]]]}}')
+                file.write(b'{{"plain": {{}}, "arrays": [["y", "float64", [1000000000]]]}}')
                 file.write(b"\\n" + b"0" * 100)
         os._exit(0)
         """,
@@ -227,7 +227,13 @@ HOSTILE = [
         """,
         ("attention",),
     ),
-    Hostile("takes all memory", LOSS, "dpo_loss", "x = [torch.ones(2**28) for _ in range(999)]", ("dpo_loss",)),
+    Hostile(
+        "takes all memory",
+        LOSS,
+        "dpo_loss",
+        "x = [torch.ones(2**28) for _ in range(999)]",
+        ("dpo_loss",),
+    ),
     Hostile(
         "fills the disk",
         LOSS,
@@ -261,7 +267,13 @@ HOSTILE = [
             except OSError: pass
         """,
     ),
-    Hostile("is not Python", NF4, "", "((((((((((\\x00", ("nf4_code", "quantize", "dequantize", "nf4_backward")),
+    Hostile(
+        "is not Python",
+        NF4,
+        "",
+        "((((((((((\\x00",
+        ("nf4_code", "quantize", "dequantize", "nf4_backward"),
+    ),
     Hostile(
         "raises what cannot be printed",
         LOSS,
@@ -279,8 +291,6 @@ HOSTILE = [
 
 def hostile_files(hostile: Hostile, canary: Path) -> dict[str, str]:
     """The reference solution with the hostile lines."""
-    import ast
-
     files = solution(Variant())
     code = textwrap.dedent(hostile.code).strip("\n")
     if "{" in code:

@@ -25,7 +25,7 @@ from variants import Variant, variant
 
 PUBLIC_SEED = 2024  # of the inputs that students see
 COPIED = ("train.py", "requirements.txt", "LICENSE")
-CHECKERS = ("arrays.py", "calls.py", "calls_text.py", "ladder.py")  # know no answers
+CHECKERS = ("arrays.py", "calls*.py", "ladder.py")  # know no answers
 SUFFIXES = (".py", ".md", ".txt", ".json", ".toml")
 
 
@@ -37,8 +37,8 @@ def make(out: Path, problems: list[Problem], v: Variant, hold_back=(), run: Path
     for name in COPIED:
         if (PACKAGE / name).exists():
             write(out / name, (PACKAGE / name).read_text("utf-8"))
-    for name in CHECKERS:
-        write(out / "tests" / name, (HERE / name).read_text("utf-8"))
+    for path in sorted(p for pattern in CHECKERS for p in HERE.glob(pattern)):
+        write(out / "tests" / path.name, path.read_text("utf-8"))
     write(out / "tests" / "test_problems.py", (HERE / "handout" / "visible.py").read_text("utf-8"))
     for problem in problems:
         write_checks(out / "tests" / "checks", problem, v, hold_back)

@@ -16,7 +16,9 @@ QUESTIONS, NEW_TOKENS, LARGEST_FILE, SECONDS = 120, 64, 2**25, 240
 
 def grade(submission: Path, folder: Path, seed: int) -> list[dict]:
     """One row, as grade.py has them. folder: base/ and sft/."""
-    adapter = next((p for p in (submission / "dpo", submission / "open" / "dpo") if p.is_dir()), None)
+    adapter = next(
+        (p for p in (submission / "dpo", submission / "open" / "dpo") if p.is_dir()), None
+    )
     if adapter is None:
         return [row(0, "No folder dpo/ was handed in.")]
     for path in adapter.iterdir():

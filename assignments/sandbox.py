@@ -80,7 +80,8 @@ def all_may_read(folders: list[Path]) -> bool:
     """Whether any user may come to these folders and read them."""
     for folder in folders:
         for place in (folder, *folder.parents):
-            if place.exists() and not place.stat().st_mode & stat.S_IXOTH:
+            needed = stat.S_IXOTH if place.is_dir() else stat.S_IROTH
+            if place.exists() and not place.stat().st_mode & needed:
                 return False
     return True
 

@@ -3,7 +3,6 @@
 import numpy as np  # noqa: F401
 
 
-
 def dpo_gradient(pc, pr, rc, rr, beta: float, label_smoothing: float = 0.0):
     """(d L / d pc, d L / d pr), float64 [B] each, of the mean loss L of B pairs.
 
