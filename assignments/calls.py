@@ -1,7 +1,7 @@
 """How a submission's functions are called: arrays in, arrays out. Nothing here knows an answer.
 
-Every `call` that a check names is in CALLS. What a problem uses but does not ask for is replaced by a
-plain stand-in, so that a mistake in one problem costs nothing in another.
+Every `call` that a check names is in CALLS. What a problem uses but does not ask for is replaced by
+a plain stand-in, so that a mistake in one problem costs nothing in another.
 """
 
 import numpy as np

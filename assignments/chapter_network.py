@@ -147,7 +147,7 @@ Compute in the table's dtype, return x's.""",
         ),
         Check(
             *("invariant", 2, "rotary", rotary_inputs(1, 1, 5, 8), expect_rotary),
-            "Each plane keeps its length, position 0 stays as it is and planes are the right pairs.",
+            "Each plane keeps its length, position 0 stays, and planes are the right pairs.",
         ),
         Check(
             *("gradient", 2, "rotary", rotary_gradient, expect_rotary),
