@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from problems import PROBLEMS
-from reference import solution
+from solved import solution
 from source import body_of, functions
 from variants import Variant
 

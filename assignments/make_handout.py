@@ -166,16 +166,16 @@ def survivors(out: Path, answers: set[str]) -> list[str]:
 
 def check(out: Path, problems: list[Problem], v: Variant) -> list[str]:
     """What is wrong with a handout; [] if it may go out."""
-    import reference
+    import solved
 
-    answers = removed(problems) | reference.own_statements()
+    answers = removed(problems) | solved.own_statements()
     complaints = [f"an answer survives in {place}" for place in survivors(out, answers)]
     complaints += [f"{path} is there" for path in out.rglob(".git")]
     with Grader(v, PUBLIC_SEED + 1, problems) as grader, tempfile.TemporaryDirectory() as folder:
         empty = grader.grade(out)
         if any(row["score"] for row in empty):
             complaints.append(f"the empty handout scores:\n{report(empty)}")
-        full = grader.grade(reference.write(Path(folder), reference.solution(v)))
+        full = grader.grade(solved.write(Path(folder), solved.solution(v)))
         if any(row["score"] < row["max"] for row in full):
             complaints.append(f"the reference does not get all points:\n{report(full)}")
     return complaints

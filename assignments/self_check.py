@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import reference
+import solved
 from grade import Grader
 from hostile import HOSTILE, hostile_files, touched
 from make_handout import make
@@ -34,7 +34,7 @@ def check_reference() -> int:
     failures = 0
     for seed in range(10):
         with tempfile.TemporaryDirectory() as folder, Grader(Variant(), seed) as grader:
-            place = reference.write(Path(folder), reference.solution(Variant()))
+            place = solved.write(Path(folder), solved.solution(Variant()))
             started = time.perf_counter()
             wrong = lost(grader.grade(place))
             seconds = time.perf_counter() - started
@@ -47,7 +47,7 @@ def check_variants() -> int:
     failures = 0
     for number in range(COUNT):
         with tempfile.TemporaryDirectory() as folder, Grader(variant(number), number) as grader:
-            place = reference.write(Path(folder), reference.solution(variant(number)))
+            place = solved.write(Path(folder), solved.solution(variant(number)))
             wrong = lost(grader.grade(place))
             failures += bool(wrong)
             print(f"variant {number}: {wrong or 'all points'}")
@@ -77,7 +77,7 @@ def check_hostile() -> int:
             before = canary.stat()
             started = time.perf_counter()
             place = Path(folder) / hostile.name
-            reference.write(place, hostile_files(hostile, canary))
+            solved.write(place, hostile_files(hostile, canary))
             listing = sorted((p, p.stat().st_mtime_ns) for p in place.rglob("*"))
             with Grader(Variant(), 5, touched(hostile)) as grader:
                 rows = grader.grade(place)
@@ -122,7 +122,7 @@ def check_handout() -> int:
             command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
             quiet = {"cwd": out, "capture_output": True, "text": True}
             empty = subprocess.run(command, **quiet).stdout.splitlines()[-1]
-            reference.write(out, reference.solution(variant(number)))
+            solved.write(out, solved.solution(variant(number)))
             full = subprocess.run(command, **quiet).stdout.splitlines()[-1]
             failures += "passed" in empty or "failed" in full
             print(f"handout of variant {number}: {empty}; with the solution: {full}")

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-import reference
+import solved
 from problems import PROBLEMS
 
 
@@ -39,9 +39,9 @@ WRONG = read(Path(__file__).parent / "solutions" / "wrong.txt")
 def check_wrong(grader, wrong: Wrong) -> str | None:
     """What is amiss with how it is graded, or None."""
     problem = next(p for p in PROBLEMS if p.name == wrong.problem)
-    files = reference.spoiled(grader.v, wrong.problem, wrong.changes)
+    files = solved.spoiled(grader.v, wrong.problem, wrong.changes)
     with tempfile.TemporaryDirectory() as folder:
-        rows = grader.grade_problem(reference.write(Path(folder), files), problem)
+        rows = grader.grade_problem(solved.write(Path(folder), files), problem)
     rungs = {row["rung"] for row in rows}
     lost = {row["rung"] for row in rows if row["score"] < row["max"]}
     named = set(wrong.loses.removeprefix("all but ").split(", "))

@@ -27,7 +27,7 @@ import grade  # noqa: E402
 import ladder  # noqa: E402
 import make_gradescope  # noqa: E402
 import make_handout  # noqa: E402
-import reference  # noqa: E402
+import solved  # noqa: E402
 import source  # noqa: E402
 from arrays import pack, unpack  # noqa: E402
 from problems import PROBLEMS, text_of  # noqa: E402
@@ -57,7 +57,7 @@ def asking(grader, v, problems):
 
 
 def submission(tmp_path, v=Variant()):  # noqa: B008
-    return reference.write(tmp_path / "submission", reference.solution(v))
+    return solved.write(tmp_path / "submission", solved.solution(v))
 
 
 def lost(rows):
@@ -90,7 +90,7 @@ def test_the_reference_gets_all_points_and_results_json_has_gradescopes_fields(g
 def test_an_empty_handout_scores_nothing_and_shows_no_answer(grader, tmp_path):
     out = tmp_path / "handout"
     make_handout.make(out, list(PROBLEMS), Variant())
-    answers = make_handout.removed(list(PROBLEMS)) | reference.own_statements()
+    answers = make_handout.removed(list(PROBLEMS)) | solved.own_statements()
     assert len(answers) > 100 and not make_handout.survivors(out, answers)
     rows = grader.grade(out)
     assert sum(row["score"] for row in rows) == 0
@@ -109,7 +109,7 @@ def test_every_problem_has_at_least_five_wrong_solutions():
         assert len(own) >= 5
         assert {wrong.bug for wrong in own} - {"-"} <= set(problem.bugs)
         for wrong in own:  # what it replaces is there
-            reference.spoiled(Variant(), problem.name, wrong.changes)
+            solved.spoiled(Variant(), problem.name, wrong.changes)
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
@@ -166,7 +166,7 @@ def test_a_hostile_submission_loses_its_points_only(grader, tmp_path):
     canary.write_text("untouched")
     names = ("forks without end", "reads the grader's files", "writes everywhere", "leaves at once")
     for hostile in (h for h in HOSTILE if EVERYTHING or h.name in names):
-        place = reference.write(tmp_path / hostile.name, hostile_files(hostile, canary))
+        place = solved.write(tmp_path / hostile.name, hostile_files(hostile, canary))
         with asking(grader, Variant(), touched(hostile)):
             rows = grader.grade(place)
         if not {"files", "calls"} <= grader.layers:
@@ -242,7 +242,7 @@ def test_the_autograder_runs_from_its_zip_and_holds_no_answer(tmp_path):
         (place / name).mkdir(parents=True)
     with zipfile.ZipFile(BytesIO(data)) as archive:
         archive.extractall(place / "source")
-        assert not {"assignments/reference.py", "assignments/wrong.py"} & set(archive.namelist())
+        assert not {"assignments/solved.py", "assignments/wrong.py"} & set(archive.namelist())
     submission(place)
     script = shutil.which("bash"), place / "source" / "run_autograder"
     environment = os.environ | {"AUTOGRADER": str(place), "PYTHON": sys.executable}
