@@ -58,7 +58,16 @@ def warm_up():
     nn.functional.scaled_dot_product_attention(*torch.ones(3, 1, 1, 2, 2))
 
 
-LAYERS = ("rmsnorm", "rotary", "attention", "nf4_code", "quantize", "dequantize", "nf4_matmul")
+LAYERS = (
+    "rmsnorm",
+    "rotary",
+    "attention",
+    "nf4_code",
+    "nf4_outline",
+    "quantize",
+    "dequantize",
+    "nf4_matmul",
+)
 ADAPTERS = ("lora", "new_adapter", "merge")
 LOSSES = ("logps", "dpo", "dpo_refuses", "dpo_gradient", "logps_gradient")
 TEXTS = ("encode", "encode_pair", "answer_rows", "training")

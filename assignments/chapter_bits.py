@@ -1,5 +1,7 @@
 """Problems 4 and 7: the 4-bit code, and the backward pass of a 4-bit layer."""
 
+import numpy as np
+
 import oracle
 from ladder import Check, Problem, normal, only
 
@@ -16,6 +18,14 @@ def expect_code(i, v, bug=""):
     return {"code": oracle.nf4_code(v, bug), "dtype": "float32"}
 
 
+def expect_outline(i, v, bug=""):
+    code = oracle.nf4_code(v, bug)
+    ends = [float(code[0]), float(code[-1])]
+    zeros = np.flatnonzero(code == 0).tolist()
+    ascending = bool((np.diff(code) > 0).all())
+    return {"length": len(code), "ends": np.array(ends), "zeros": zeros, "ascending": ascending}
+
+
 CODE = Problem(
     name="nf4_code",
     title="The NormalFloat code",
@@ -24,10 +34,14 @@ CODE = Problem(
     text="""{code} `linspace32` is given: space the probabilities with it, from the outermost to
 0.5, and leave the last one (0.5 itself) out; turn them into quantiles with
 `statistics.NormalDist().inv_cdf`; add an exact zero; round to float32, then divide by the largest
-magnitude. Ascending, float32, the same bits on every machine.""",
+magnitude. Ascending, float32, the same bits on every machine. Only the outline has a visible test.""",
     checks=(
         Check(
-            *("four digits", 3, "nf4_code", no_inputs, expect_code),
+            *("outline", 1, "nf4_outline", no_inputs, expect_outline),
+            "Float32, ascending, with the right number of values, both ends and the zero in place.",
+        ),
+        Check(
+            *("four digits", 2, "nf4_code", no_inputs, expect_code),
             "Quantiles of the normal on both sides of an exact zero, ascending, the largest 1.",
             2e-4,
             visible=False,

@@ -62,7 +62,8 @@ each divided by its largest magnitude (multiply by the reciprocal of absmax); th
 nearest entry of NF4_CODE, a tie to the lower one (do not write the 16 values into your code: the
 grader puts other ones into NF4_CODE); two indices a byte, the first in the high nibble. With
 `double_quant`, absmax minus its mean is quantized in the same way to 8 bits with DYNAMIC_CODE, in
-blocks of ABSMAX_BLOCK. A block of zeros has absmax 0 and gives the code of 0, not NaN.""",
+blocks of ABSMAX_BLOCK. A block of zeros has absmax 0 and gives the code of 0, not NaN. The result
+is an NF4Weight, whose docstring names its fields.""",
     checks=(
         Check(
             *("shape", 1, "quantize", quantize_inputs(3, 8), expect_quantized),

@@ -12,6 +12,7 @@ import ast
 import shutil
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -76,8 +77,13 @@ def write_checks(folder: Path, problem: Problem, v: Variant, hold_back):
         message |= {f"out {name}": value for name, value in expected.items()}
         message |= {"call": check.call, "said": check.said, "tolerance": check.tolerance}
         message |= {"banned": list(problem.banned), "shape only": check.rung == "shape"}
-        name = f"{NUMBERS[problem.name]:02}-{problem.name}-{n}-{check.rung.replace(' ', '_')}"
+        name = f"p{NUMBERS[problem.name]:02}-{problem.name}-{n}-{check.rung.replace(' ', '_')}"
         (folder / name).write_bytes(pack(message))
+
+
+def command_of(problem: Problem) -> str:
+    """What runs a problem's visible tests."""
+    return f"python -m pytest tests -k p{NUMBERS[problem.name]:02}"
 
 
 def table(problems: list[Problem]) -> str:
@@ -91,7 +97,7 @@ def table(problems: list[Problem]) -> str:
             first = path == problem.file
             number = f"{NUMBERS[problem.name]}. {problem.title}" if first else ""
             names = ", ".join(f"`{hole}`" for hole in holes)
-            command = f"`python -m pytest tests -k {problem.name}`" if first else ""
+            command = f"`{command_of(problem)}`" if first else ""
             points = str(problem.points) if first else ""
             lines.append(f"| {number} | `{path}` | {names} | {points} | {command} |")
     return "\n".join(lines)
@@ -101,10 +107,11 @@ def problem_texts(problems: list[Problem], v: Variant, with_open: bool) -> str:
     """What each problem asks, with its ladder."""
     parts = ["# Problems\n"]
     for problem in problems:
-        parts.append(f"## {NUMBERS[problem.name]}. {problem.title}\n\n{text_of(problem, v)}\n")
+        text = textwrap.fill(text_of(problem, v), 100, break_on_hyphens=False)
+        parts.append(f"## {NUMBERS[problem.name]}. {problem.title}\n\n{text}\n")
         for check in problem.checks:
             parts.append(f"- {check.rung} ({check.points}): {check.said}")
-        parts.append(f"\n`python -m pytest tests -k {problem.name}`\n")
+        parts.append(f"\n`{command_of(problem)}`\n")
     if with_open:
         parts.append((HERE / "handout" / "open.md").read_text("utf-8"))
     return "\n".join(parts)

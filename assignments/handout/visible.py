@@ -1,4 +1,4 @@
-"""The tests that you can see. `python -m pytest tests -k rmsnorm` runs those of one problem.
+"""The tests that you can see. `python -m pytest tests -k p01` runs those of problem 1.
 
 Each file in `checks/` is a call of your code with fixed inputs, and what should come back. The
 grader asks the same questions with other inputs, and some more.
