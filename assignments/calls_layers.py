@@ -84,6 +84,8 @@ def quantize(weight, code, block_size, double_quant, dtype="float32"):
     q = use_code(code).quantize_nf4(tensor(weight, dtype), block_size, double_quant)
     names = ("packed", "absmax", "absmax_codes", "absmax_scale", "absmax_offset")
     out = {name: getattr(q, name) for name in names if getattr(q, name) is not None}
+    if weight.size % 2:  # the last byte has half a use: what fills it up is nobody's business
+        out["packed"] = torch.cat((q.packed[:-1], q.packed[-1:] & 0xF0))
     return out | {"shape": list(q.shape), "dtype": q.dtype}
 
 

@@ -34,7 +34,8 @@ CODE = Problem(
     text="""{code} `linspace32` is given: space the probabilities with it, from the outermost to
 0.5, and leave the last one (0.5 itself) out; turn them into quantiles with
 `statistics.NormalDist().inv_cdf`; add an exact zero; round to float32, then divide by the largest
-magnitude. Ascending, float32, the same bits on every machine. Only the outline has a visible test.""",
+magnitude. Ascending, float32, the same bits on every machine. Only the outline has a visible
+test.""",
     checks=(
         Check(
             *("outline", 1, "nf4_outline", no_inputs, expect_outline),

@@ -182,7 +182,8 @@ TRAINING = Problem(
     holes=("train",),
     text="""AdamW with `fused=True` and the weight decay of the settings over the trainable
 parameters. If `state_path` exists, `load_state(state_path, model, optimizer)` gives `step` and
-`num_tokens` to go on from: skip the grad_accum index lists of each step that was done. `log.rewind(first step)`. Each step: its
+`num_tokens` to go on from: skip the grad_accum index lists of each step that was done.
+`log.rewind(first step)`. Each step: its
 `learning_rate(...)`; `grad_accum` batches; the sum of all losses over the sum of all counts
 (never a mean of means), clipped by norm; step; `log.write(step, loss=, learning_rate=,
 grad_norm= (before clipping), num_tokens= (of all steps), tokens_per_second=, and the mean of each
