@@ -6,17 +6,16 @@
 The stages, in order: pretrain (only without --model), sft, dpo, evaluate. Read `main` first.
 """
 
-import hashlib
 import json
 import tempfile
 from functools import partial
 
 import torch
 
-from dpo_minimal import forum, run_command
-from dpo_minimal.batches import pack, packed_batch, pair_batch, pair_lengths
+from dpo_minimal import forum, parallel, run_command
+from dpo_minimal.batches import collate_packed, collate_pairs, packed_batches, pair_batches
 from dpo_minimal.checkpoint import load_adapter, load_llama, read_config, save_adapter, save_llama
-from dpo_minimal.data import encode_pairs, encode_sft, load_splits, read_rows
+from dpo_minimal.data import encode_pairs, encode_sft, keep_fitting, load_splits, read_rows
 from dpo_minimal.evaluate import (
     compare,
     format_samples,
@@ -30,9 +29,10 @@ from dpo_minimal.evaluate import (
 from dpo_minimal.extras.plots import draw_curves
 from dpo_minimal.files import whole_file, whole_folder, write_json
 from dpo_minimal.llama import Llama, LlamaConfig
-from dpo_minimal.loop import count_steps, peak_memory_gb
+from dpo_minimal.loop import peak_memory_gb
 from dpo_minimal.lora import active_adapters, add_adapter
 from dpo_minimal.loss import dpo_loss, preference_logps, reward_metrics, sft_loss
+from dpo_minimal.reference import open_reference
 from dpo_minimal.run import Run, read_run
 from dpo_minimal.tokenizer import load_tokenizer, train_tokenizer
 
@@ -60,18 +60,21 @@ def main():
     check_targets(run)
     if run.on_forum:
         run.start()
-        if not (run.out / "data").exists():
+        if parallel.first() and not (run.out / "data").exists():
             make_forum_data(run)
+        parallel.wait()
     if run.due("pretrain"):
         pretrain(run)
     if not any(map(run.due, ("sft", "dpo", "evaluate"))):
         return
     args, max_length = run.args, run.args.max_length
     tokenizer = load_tokenizer(run.model_folder)
-    splits = load_splits(args.data or run.out / "data", args.eval_data, args.seed, tell)
+    data = args.data or run.out / "data"
+    splits = load_splits(data, args.eval_data, args.seed, tell, run.scratch)
     examples = encode_sft(tokenizer, splits.sft, max_length, tell)
     pairs = encode_pairs(tokenizer, splits.train, max_length, "training pairs", tell)
-    held_out = encode_pairs(tokenizer, splits.evaluation, max_length, "held-out pairs", tell)
+    # As a list, and so tokenized once: every evaluation needs all of them.
+    held_out = encode_pairs(tokenizer, list(splits.evaluation), max_length, "held-out pairs", tell)
     quantize = None if args.no_quantize else "nf4"
     model = load_llama(run.model_folder, run.device, run.dtype, quantize)
     kind = f"{quantize or 'not quantized'}, {str(run.dtype)[6:]} on {run.device}"
@@ -81,7 +84,9 @@ def main():
         sft(run, model, examples)
     if run.due("dpo"):
         load_adapter(model, run.out / "sft", "sft")  # what was saved is what goes on
-        dpo(run, model, pairs, held_out)
+        dpo(run, model, splits, pairs, held_out)
+    if not parallel.leave():
+        return
     if run.due("evaluate"):
         load_adapter(model, run.out / "sft", "sft")
         load_adapter(model, run.out / "dpo", "dpo")  # sft and dpo as one, as exported
@@ -91,7 +96,8 @@ def main():
 
 def tell(text: str):
     """A line of progress."""
-    print(text, flush=True)
+    if parallel.first():
+        print(text, flush=True)
 
 
 def check_targets(run: Run):
@@ -120,21 +126,21 @@ def pretrain(run: Run):
         write_json(f"{folder}/tokenizer_config.json", TOKENIZER_CONFIG)
         tell(f"tokenizer {tokenizer.vocab_size} pieces from {len(texts)} threads")
         examples = [([tokenizer.bos_id], tokenizer.encode(text, eos=True)) for text in texts]
+        max_length = run.args.max_length
+        fitting = [e if 1 + len(e[1]) <= max_length else None for e in examples]
+        examples = keep_fitting(fitting, max_length, "threads", tell)
         train_packed(run, "pretrain", model, examples)
-        save_llama(model, run.out / "base", tokenizer_from=folder)
-    run.state_path("pretrain").unlink(missing_ok=True)
+        run.finish("pretrain", lambda: save_llama(model, run.out / "base", tokenizer_from=folder))
 
 
 def train_packed(run: Run, stage: str, model, examples):
     """Pretraining and SFT: train on (unscored ids, scored ids) examples, packed into full rows."""
     max_length = run.args.max_length
-    rows = pack([len(unscored) + len(scored) for unscored, scored in examples], max_length)
-    tell(f"{stage:9} {len(examples)} texts in {len(rows)} rows of up to {max_length} tokens")
-
-    def collate(indices):
-        return packed_batch(examples, [rows[i] for i in indices], run.device)
-
-    run.train(stage, model, token_objective, [max_length] * len(rows), collate)
+    batches = packed_batches(examples, max_length, run.args.seed)
+    texts = f"{len(examples)} texts in {batches.num_rows()} rows"
+    tell(f"{stage:9} {texts} of up to {max_length} tokens")
+    collate = partial(collate_packed, device=run.device)
+    run.train(stage, model, token_objective, batches, collate)
 
 
 def token_objective(model, batch):
@@ -146,8 +152,7 @@ def sft(run: Run, model, examples):
     """Train the adapter `sft` on packed question/answer texts; the answers are scored."""
     add_run_adapter(run, model, "sft")
     train_packed(run, "sft", model, examples)
-    save_adapter(model, ["sft"], run.out / "sft", str(run.model_folder))
-    run.state_path("sft").unlink(missing_ok=True)
+    run.finish("sft", lambda: save_adapter(model, ["sft"], run.out / "sft", str(run.model_folder)))
 
 
 def add_run_adapter(run: Run, model, name: str):
@@ -157,52 +162,42 @@ def add_run_adapter(run: Run, model, name: str):
     add_adapter(model, name, a.lora_r, a.lora_alpha, a.lora_dropout, a.target_modules)
 
 
-def dpo(run: Run, model, pairs, held_out):
-    """Train the adapter `dpo` on top of the frozen `sft`: the reference is `dpo` switched off."""
-    settings, args = run.fitted("dpo", len(pairs)), run.args
+def dpo(run: Run, model, splits, pairs, held_out):
+    """Train the adapter `dpo` on top of the frozen `sft`: the reference is `dpo` switched off.
+
+    pairs, held_out: the pairs of `splits` that fit, in tokens.
+    """
+    args, batch_size = run.args, run.fitted("dpo", len(pairs)).batch_size
     options = dict(beta=args.beta, label_smoothing=args.label_smoothing, kind=args.loss)
     add_run_adapter(run, model, "dpo")
-    # In the batches of the first epoch, so that step 0 compares equal computations: ln 2 exactly.
-    order = one_epoch(pairs, settings.batch_size, settings.seed)
-    order = order[: count_steps(settings, len(pairs)) * settings.grad_accum]
-    eval_order = one_epoch(held_out, settings.batch_size)
-    tell(f"dpo       {len(pairs)} pairs, {len(held_out)} held out: reference log-probabilities")
-    reference = reference_logps(run, model, pairs, order)
-    eval_reference = reference_logps(run, model, held_out, eval_order)
+    tell(f"dpo       {len(pairs)} pairs, {len(held_out)} held out")
+    reference = open_reference(run, model, splits.train, len(pairs), batch_size)
+    eval_reference = open_reference(run, model, splits.evaluation, len(held_out), batch_size)
+    eval_order = one_epoch(held_out, batch_size)
 
     def objective(model, batch):
         policy = preference_logps(model, batch)  # chosen [B], rejected [B]
-        ref = reference[batch.indices].to(policy[0]).T  # [2, B]
+        ref = reference.logps(model, batch).to(policy[0]).T  # [2, B]
         losses, chosen, rejected = dpo_loss(*policy, *ref, **options)
         return losses, reward_metrics(*policy, chosen, rejected)
 
     def evaluate_pairs(model):
         policy = pair_logps(model, held_out, eval_order, run.device)
-        return preference_metrics(policy, eval_reference, **options)
+        ref = pair_logps(model, held_out, eval_order, run.device, eval_reference.logps)
+        return preference_metrics(policy, ref, **options)
 
-    collate = partial(pair_batch, pairs, device=run.device)
-    run.train("dpo", model, objective, pair_lengths(pairs), collate, evaluate_pairs)
-    save_adapter(model, ["sft", "dpo"], run.out / "dpo", str(run.model_folder))
-    run.state_path("dpo").unlink(missing_ok=True)
+    def keep():
+        reference.save()
+        eval_reference.save()
 
+    def save():
+        keep()
+        save_adapter(model, ["sft", "dpo"], run.out / "dpo", str(run.model_folder))
 
-def reference_logps(run: Run, model, pairs, order) -> torch.Tensor:
-    """log-probabilities of the pairs under base + sft, [n, 2], computed once and kept in state/.
-
-    The file's name is a hash of all that they depend on: weights, tokens, batches, dtype, device.
-    """
-    digest = hashlib.sha256(repr((pairs, order, run.dtype, run.device)).encode())
-    for name, tensor in model.state_dict().items():
-        if ".adapters.dpo." not in name:
-            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    path = run.out / "state" / f"reference-{digest.hexdigest()[:16]}.pt"
-    if path.exists():
-        return torch.load(path, weights_only=True)
-    with active_adapters(model, ["sft"]):
-        logps = pair_logps(model, pairs, order, run.device, tell)
-    with whole_file(path) as file:
-        torch.save(logps, file)
-    return logps
+    batches = pair_batches(pairs, batch_size, args.seed)
+    collate = partial(collate_pairs, device=run.device)
+    run.train("dpo", model, objective, batches, collate, evaluate_pairs, keep)
+    run.finish("dpo", save)
 
 
 def evaluate(run: Run, model, tokenizer, held_out):

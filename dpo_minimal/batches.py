@@ -2,14 +2,21 @@
 
 Two layouts of a pair give the same log-probabilities. The plain one, `answer_rows`, has a row for
 each answer; training uses `pair_batch`, where chosen and rejected share a row and its prompt.
+
+`Batches` is the order in which training sees the data, whether they fit into memory or not. There a
+row is {index of an example: its tokens}: one pair, or the texts that are packed together.
 """
 
 import itertools
+import math
 import random
+from array import array
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from dpo_minimal import InputError
 from dpo_minimal.data import EncodedPair
 
 
@@ -91,6 +98,7 @@ def pack(lengths: list[int], max_length: int) -> list[list[int]]:
     """Fill rows of max_length tokens with whole examples; returns the examples' numbers by row.
 
     Best fit: the longest examples first, each into the fullest row that still has room for it.
+    None of `lengths` may be above max_length.
     """
     rows_by_room = [[] for _ in range(max_length + 1)]
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -100,8 +108,8 @@ def pack(lengths: list[int], max_length: int) -> list[list[int]]:
     return [row for rows in rows_by_room for row in rows]
 
 
-def packed_batch(examples, rows: list[list[int]], device) -> Batch:
-    """Packed rows as one batch. examples: (unscored ids, scored ids) each; rows: as from `pack`.
+def packed_batch(examples, rows, device) -> Batch:
+    """Packed rows as one batch. examples: (unscored ids, scored ids) by number; rows: numbers.
 
     Each example sees itself alone: `mask` is causal within it and its positions start at 0.
     """
@@ -125,19 +133,97 @@ def packed_batch(examples, rows: list[list[int]], device) -> Batch:
     )
 
 
-def batch_order(lengths: list[int], batch_size: int, seed: int):
-    """Yield batches of indices for ever, epoch after epoch, each epoch in an order of its own.
+def collate_pairs(rows: list[dict[int, EncodedPair]], device) -> Batch:
+    """Rows of one pair each as a batch."""
+    pairs = joined(rows)
+    return pair_batch(pairs, list(pairs), device)
 
-    Within windows of 64 batches, indices are sorted by length, so that a batch needs little
-    padding. The order depends on the seed alone: not on how often it is read, nor on torch's state.
-    """
+
+def collate_packed(rows: list[dict[int, tuple]], device) -> Batch:
+    """Packed rows as a batch."""
+    return packed_batch(joined(rows), rows, device)
+
+
+def pair_rows(pairs, indices) -> list[dict[int, EncodedPair]]:
+    """The pairs at `indices` that fit, each a row, sorted by length: neighbours need little pad."""
+    rows = [{i: pairs[i]} for i in indices]
+    return sorted((row for row in rows if fits(row)), key=lambda row: pair_lengths(row.values()))
+
+
+def packed_rows(examples, max_length: int, indices) -> list[dict[int, tuple]]:
+    """The (unscored ids, scored ids) examples at `indices` that fit, packed into rows."""
+    rows = [{i: examples[i]} for i in indices]
+    texts = [item for row in rows if fits(row) for item in row.items()]
+    lengths = [len(unscored) + len(scored) for _, (unscored, scored) in texts]
+    # By the place of the longest text in the shuffled `indices`: as random as that, not by length.
+    packed = sorted(pack(lengths, max_length))
+    return [dict(texts[k] for k in row) for row in packed]
+
+
+def fits(row: dict) -> bool:
+    """Whether the one example of a row was not too long (None instead of tokens)."""
+    return None not in row.values()
+
+
+def joined(rows: list[dict]) -> dict:
+    """Several rows as one {index: tokens}, in order."""
+    return {i: tokens for row in rows for i, tokens in row.items()}
+
+
+def windows(n: int, size: int, seed: int):
+    """Yield arrays of indices for ever: each epoch's shuffle of 0 ... n - 1, `size` at a time."""
     for epoch in itertools.count():
-        rng = random.Random(f"{seed}, epoch {epoch}")
-        order = list(range(len(lengths)))
-        rng.shuffle(order)
-        window = 64 * batch_size
-        windows = [order[i : i + window] for i in range(0, len(order), window)]
-        order = [i for w in windows for i in sorted(w, key=lambda i: lengths[i])]
-        batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-        rng.shuffle(batches)
-        yield from batches
+        order = array("q", range(n))
+        random.Random(f"{seed}, epoch {epoch}").shuffle(order)
+        yield from (order[at : at + size] for at in range(0, n, size))
+
+
+class Batches:
+    """Batches for ever, each a list of rows; every epoch sees every example once, in a new order.
+
+    The shuffled indices of an epoch are cut into windows of `size`. form(indices) makes a window's
+    rows, which are cut into batches, and these are shuffled. Only then is the window in tokens.
+    The order depends on the seed alone: not on how often it is read, nor on torch's state.
+    """
+
+    def __init__(self, form, n: int, size: int, seed: int, batch_size: int = 1):
+        self.form, self.n, self.size = form, n, min(n, size)
+        self.seed, self.batch_size = seed, batch_size
+        self.place = 0, 0  # (windows, batches of the next one) that were read; may be set
+        self.first = form(next(windows(n, self.size, seed)))
+        if not self.first:
+            raise InputError(f"all of {self.size} random examples are longer than --max-length")
+
+    def num_rows(self) -> int:
+        """Rows of an epoch, if all windows are like the first: exact unless some texts drop out."""
+        return math.ceil(len(self.first) * self.n / self.size)
+
+    def num_batches(self) -> int:
+        """Batches of an epoch, in the same sense."""
+        return math.ceil(math.ceil(len(self.first) / self.batch_size) * self.n / self.size)
+
+    def __iter__(self):
+        first, read = self.place
+        numbered = enumerate(windows(self.n, self.size, self.seed))
+        for number, indices in itertools.islice(numbered, first, None):
+            rows = self.form(indices) if number else self.first  # nothing is tokenized twice
+            starts = list(range(0, len(rows), self.batch_size))
+            random.Random(f"{self.seed}, window {number}").shuffle(starts)
+            for at in starts[read:]:
+                self.place = number, (read := read + 1)
+                yield rows[at : at + self.batch_size]
+            read = 0
+
+
+def pair_batches(pairs, batch_size: int, seed: int) -> Batches:
+    """Pairs in batches of similar lengths: each is a row, sorted within windows of 64 batches."""
+    return Batches(partial(pair_rows, pairs), len(pairs), 64 * batch_size, seed, batch_size)
+
+
+def packed_batches(examples, max_length: int, seed: int) -> Batches:
+    """(unscored ids, scored ids) examples in packed rows; `batch_size` is still to be set.
+
+    Those in memory are packed all together, others as many at a time as take seconds to tokenize.
+    """
+    size = len(examples) if isinstance(examples, list) else 1024
+    return Batches(partial(packed_rows, examples, max_length), len(examples), size, seed)

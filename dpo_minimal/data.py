@@ -3,6 +3,7 @@
 The text is the blog's: `Question: {question}\\n\\nAnswer: {answer}`, one BOS in front and one EOS
 behind each answer. The answer and its EOS are scored, the question is not. Nothing is ever cut: a
 text longer than `max_length` tokens is dropped and counted, since a cut answer teaches no ending.
+Texts stay on disk (`store.py`); of a large file only those are in tokens that come next.
 """
 
 import gzip
@@ -11,20 +12,22 @@ import json
 import os
 import random
 import zlib
-from collections import Counter
+from array import array
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from dpo_minimal import InputError
 from dpo_minimal.extras.parquet import read_parquet
+from dpo_minimal.store import Pairs, PairStore, PreferencePair
 
-
-class PreferencePair(NamedTuple):
-    """A question and two answers to it, as text; people preferred `chosen` to `rejected`."""
-
-    prompt: str
-    chosen: str
-    rejected: str
+# Bytes of text that are tokenized at the start, all at once: 10 seconds, and 200 MB, since a token
+# is a Python number of 36 bytes. Of more, tokens are made as batches need them, and forgotten.
+SMALL = 16_000_000
+MAX_HELD_OUT = 1000  # pairs: they tell an accuracy to 1.5 points
 
 
 class EncodedPair(NamedTuple):
@@ -71,7 +74,10 @@ def read_lines(path, file):
 
 
 def read_array(path, file):
-    """Yield (place, row) of each entry of one JSON array."""
+    """Yield (place, row) of each entry of one JSON array.
+
+    The whole array is in memory: what is larger than memory should come as JSON Lines.
+    """
     for number, row in enumerate(parse_json(path, file.read(), 1), start=1):
         yield f"{path}, entry {number}", row
 
@@ -125,11 +131,12 @@ def question_of(prompt: str) -> str:
     return prompt
 
 
-def load_pairs(path, log=print) -> list[PreferencePair]:
+def load_pairs(path, log=print, folder=None) -> Pairs:
     """The pairs of a file, or of all files of a folder in the order of their names.
 
     A pair without a preference (chosen = rejected) or with an empty answer is dropped, and `log`
-    is told how many and where the first one was. InputError if no pair is left.
+    is told how many and where the first one was. InputError if no pair is left. The texts are
+    copied to a temporary file, on the disk of `folder`: the result is a sequence that reads them.
     """
     path = Path(path)
     suffixes = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
@@ -138,68 +145,80 @@ def load_pairs(path, log=print) -> list[PreferencePair]:
         files = sorted(file for file in path.iterdir() if file.name.endswith(suffixes))
         if not files:
             raise InputError(f"{path}: no {', '.join(suffixes)} file in this folder")
-    pairs, dropped = [], {}
+    store, dropped = PairStore(folder), {}  # reason: [how many, the first one's place]
     for place, row in itertools.chain.from_iterable(map(read_rows, files)):
         pair = to_pair(place, row)
-        reason = None
-        if not pair.chosen.strip() or not pair.rejected.strip():
-            reason = "with an empty answer"
-        elif pair.chosen == pair.rejected:
-            reason = "with chosen = rejected"
-        if reason:
-            dropped.setdefault(reason, []).append(place)
-        else:
-            pairs.append(pair)
-    if not pairs:
-        why = "; ".join(f"{len(p)} {reason}, the first at {p[0]}" for reason, p in dropped.items())
+        if reason := why_useless(pair):
+            dropped.setdefault(reason, [0, place])[0] += 1
+            continue
+        try:
+            store.append(pair)
+        except UnicodeEncodeError as error:
+            raise InputError(f"{place}: not valid Unicode ({error.reason})") from None
+    if not len(store):
+        why = "; ".join(f"{n} {reason}, the first at {at}" for reason, (n, at) in dropped.items())
         raise InputError(f"{path}: no usable preference pair ({why or 'no entries'})")
-    for reason, places in dropped.items():
-        log(f"{path}: dropped {len(places)} {reason} (the first: {places[0]})")
-    return pairs
+    for reason, (count, first) in dropped.items():
+        log(f"{path}: dropped {count} {reason} (the first: {first})")
+    return Pairs(store)
+
+
+def why_useless(pair: PreferencePair) -> str | None:
+    """Why nothing can be learned from a pair, if so."""
+    if not pair.chosen.strip() or not pair.rejected.strip():
+        return "with an empty answer"
+    return "with chosen = rejected" if pair.chosen == pair.rejected else None
 
 
 class Splits(NamedTuple):
-    """What the stages learn from: (question, answer) texts for SFT, pairs for the others."""
+    """What the stages learn from. Of the pairs in `sft`, SFT learns prompt and chosen answer."""
 
-    sft: list[tuple[str, str]]
-    train: list[PreferencePair]
-    evaluation: list[PreferencePair]
+    sft: Pairs
+    train: Pairs
+    evaluation: Pairs
 
 
-def load_splits(data, eval_data=None, seed: int = 0, log=print) -> Splits:
+def load_splits(data, eval_data=None, seed: int = 0, log=print, folder=None) -> Splits:
     """Read a preference file, or a folder with `finetune/`, `rl/` and `evaluation/` parts.
 
     Without a part for SFT, SFT learns prompt + chosen of the training pairs. Without one for
-    evaluation, 5% of the pairs (at least 16) are held out by seed, whole questions at a time.
+    evaluation, some pairs are held out. folder: as for `load_pairs`.
     """
-    data = Path(data)
+    data, load = Path(data), partial(load_pairs, log=log, folder=folder)
     if data.is_dir() and (data / "data").is_dir():
         data = data / "data"  # the hub's layout
     has_parts = (data / "rl").is_dir()
-    pairs = load_pairs(data / "rl" if has_parts else data, log)
+    train = load(data / "rl" if has_parts else data)
     if eval_data or (data / "evaluation").is_dir():
-        train, evaluation = pairs, load_pairs(eval_data or data / "evaluation", log)
+        evaluation = load(eval_data or data / "evaluation")
+        if evaluation.num_bytes() > SMALL and len(evaluation) > MAX_HELD_OUT:
+            chosen = sorted(random.Random(seed).sample(range(len(evaluation)), MAX_HELD_OUT))
+            log(f"evaluation on {MAX_HELD_OUT} of {len(evaluation)} held-out pairs")
+            evaluation = evaluation[np.array(chosen)]
     else:
-        train, evaluation = hold_out(pairs, seed, data)
-    sft_pairs = load_pairs(data / "finetune", log) if (data / "finetune").is_dir() else train
-    sft = list(dict.fromkeys((pair.prompt, pair.chosen) for pair in sft_pairs))  # each text once
-    return Splits(sft, train, evaluation)
+        train, evaluation = hold_out(train, seed, data)
+    sft = load(data / "finetune") if (data / "finetune").is_dir() else train
+    return Splits(sft.each_text_once(), train, evaluation)
 
 
-def hold_out(pairs: list[PreferencePair], seed: int, path):
-    """Split off 5% of the pairs, at least 16, so that no held-out question is trained on."""
-    questions = list(dict.fromkeys(pair.prompt for pair in pairs))
+def hold_out(pairs: Pairs, seed: int, path) -> tuple[Pairs, Pairs]:
+    """(training pairs, held-out pairs) without a question in common.
+
+    Held out are 5% of the pairs, at least 16 and at most 1,000, whole questions at a time, by seed.
+    """
+    _, first, question, counts = np.unique(
+        pairs.questions(), return_index=True, return_inverse=True, return_counts=True
+    )
+    questions = array("q", np.argsort(first).astype(np.int64).tobytes())  # as they first appear
     random.Random(seed).shuffle(questions)
-    counts = Counter(pair.prompt for pair in pairs)
-    wanted, held = max(16, len(pairs) // 20), set()
+    wanted, held = min(max(16, len(pairs) // 20), MAX_HELD_OUT), []
     while questions and wanted > 0:
-        question = questions.pop()
-        held.add(question)
-        wanted -= counts[question]
-    train = [pair for pair in pairs if pair.prompt not in held]
-    if not train:
+        held.append(questions.pop())
+        wanted -= int(counts[held[-1]])
+    is_held = np.isin(question, held)  # bool [n]
+    if is_held.all():
         raise InputError(f"{path}: {len(pairs)} pairs are too few to hold out 16: give --eval-data")
-    return train, [pair for pair in pairs if pair.prompt in held]
+    return pairs[~is_held], pairs[is_held]
 
 
 # --- pairs to token rows ----------------------------------------------------------------------
@@ -214,23 +233,31 @@ def format_prompt(question: str) -> str:
     return f"Question: {question}\n\nAnswer:"
 
 
-def encode_example(tokenizer, question: str, answer: str) -> tuple[list[int], list[int]]:
-    """(prompt ids with BOS, answer ids with EOS) of the jointly tokenized text."""
+def encode_example(tokenizer, question: str, *answers: str) -> tuple[list[int], ...]:
+    """(prompt ids with BOS, each answer's ids with EOS), prompt and answer tokenized jointly."""
     prompt = tokenizer.encode(format_prompt(question), bos=True)
-    joint = tokenizer.encode(f"{format_prompt(question)} {answer}", bos=True, eos=True)
-    if joint[: len(prompt)] != prompt:
-        raise InputError(
-            f"this tokenizer merges 'Answer:' with what follows, as in {answer[:40]!r}"
-        )
-    return prompt, joint[len(prompt) :]
+    encoded = [prompt]
+    for answer in answers:
+        joint = tokenizer.encode(f"{format_prompt(question)} {answer}", bos=True, eos=True)
+        if joint[: len(prompt)] != prompt:
+            raise InputError(
+                f"this tokenizer merges 'Answer:' with what follows, as in {answer[:40]!r}"
+            )
+        encoded.append(joint[len(prompt) :])
+    return tuple(encoded)
 
 
 def encode_pair(tokenizer, pair: PreferencePair, max_length: int) -> EncodedPair | None:
     """The pair in tokens, or None if prompt + an answer is longer than max_length tokens."""
-    prompt, chosen = encode_example(tokenizer, pair.prompt, pair.chosen)
-    _, rejected = encode_example(tokenizer, pair.prompt, pair.rejected)
-    fits = len(prompt) + max(len(chosen), len(rejected)) <= max_length
-    return EncodedPair(prompt, chosen, rejected) if fits else None
+    encoded = EncodedPair(*encode_example(tokenizer, *pair))
+    longer = max(len(encoded.chosen), len(encoded.rejected))
+    return encoded if len(encoded.prompt) + longer <= max_length else None
+
+
+def encode_text(tokenizer, text, max_length: int) -> tuple[list[int], list[int]] | None:
+    """(prompt ids, answer ids) of a (question, answer, ...) text, or None if it is too long."""
+    prompt, answer = encode_example(tokenizer, *text[:2])
+    return (prompt, answer) if len(prompt) + len(answer) <= max_length else None
 
 
 def keep_fitting(encoded: list, max_length: int, what: str, log=print) -> list:
@@ -246,14 +273,43 @@ def keep_fitting(encoded: list, max_length: int, what: str, log=print) -> list:
     return kept
 
 
-def encode_pairs(tokenizer, pairs, max_length: int, what: str, log=print) -> list[EncodedPair]:
+class TokensOnDemand(Sequence):
+    """Texts that are tokenized when asked for: tokens[3] encodes the fourth; None is too long.
+
+    `log` is told when 1, 10, 100, ... were too long: a log that shows their share and stays short.
+    """
+
+    def __init__(self, texts, encode, max_length: int, what: str, log=print):
+        self.texts, self.encode, self.max_length = texts, encode, max_length
+        self.what, self.log, self.asked, self.dropped = what, log, 0, 0
+        log(f"{what}: {len(texts)}, tokenized as they are needed")
+
+    def __len__(self):
+        return len(self.texts)
+
+    def __getitem__(self, i: int):
+        tokens = self.encode(self.texts[i])
+        self.asked += 1
+        self.dropped += tokens is None
+        if tokens is None and str(self.dropped).strip("0") == "1":
+            so_far = f"dropped {self.dropped} of {self.asked} so far"
+            self.log(f"{self.what}: {so_far}, longer than {self.max_length} tokens")
+        return tokens
+
+
+def encode_all(texts, encode, max_length: int, what: str, log=print) -> Sequence:
+    """Texts in tokens: of few, those that fit, in a list; of many, `TokensOnDemand`."""
+    encode = partial(encode, max_length=max_length)
+    if isinstance(texts, Pairs) and texts.num_bytes() > SMALL:
+        return TokensOnDemand(texts, encode, max_length, what, log)
+    return keep_fitting([encode(text) for text in texts], max_length, what, log)
+
+
+def encode_pairs(tokenizer, pairs, max_length: int, what: str, log=print) -> Sequence[EncodedPair]:
     """All pairs that fit, in order."""
-    encoded = [encode_pair(tokenizer, pair, max_length) for pair in pairs]
-    return keep_fitting(encoded, max_length, what, log)
+    return encode_all(pairs, partial(encode_pair, tokenizer), max_length, what, log)
 
 
-def encode_sft(tokenizer, texts, max_length: int, log=print) -> list[tuple[list[int], list[int]]]:
-    """(prompt ids, answer ids) of the (question, answer) texts that fit, in order."""
-    encoded = [encode_example(tokenizer, question, answer) for question, answer in texts]
-    fitting = [e if len(e[0]) + len(e[1]) <= max_length else None for e in encoded]
-    return keep_fitting(fitting, max_length, "SFT texts", log)
+def encode_sft(tokenizer, texts, max_length: int, log=print) -> Sequence:
+    """(prompt ids, answer ids) of the (question, answer, ...) texts that fit, in order."""
+    return encode_all(texts, partial(encode_text, tokenizer), max_length, "SFT texts", log)

@@ -1,15 +1,15 @@
 """What tuning changed: held-out rewards, KL to the reference, true scores, win rate, samples."""
 
+import itertools
 import json
 import math
-import time
 from pathlib import Path
 from statistics import mean
 
 import torch
 
 from dpo_minimal import forum
-from dpo_minimal.batches import answer_rows, batch_order, pair_batch, pair_lengths
+from dpo_minimal.batches import answer_rows, joined, pair_batch, pair_batches
 from dpo_minimal.data import format_prompt
 from dpo_minimal.generate import sample_answers
 from dpo_minimal.lora import active_adapters
@@ -17,31 +17,35 @@ from dpo_minimal.loss import dpo_loss, preference_logps, reward_metrics, sequenc
 
 
 @torch.no_grad()
-def pair_logps(model, pairs, order, device, log=None) -> torch.Tensor:
-    """log pi of both answers of each pair, float32 [n, 2]: chosen, rejected. NaN if not in order.
+def batch_logps(model, batch) -> torch.Tensor:
+    """log pi of both answers of each pair of a batch, float32 [B, 2], on the CPU.
 
-    order: lists of indices, one a forward pass. Dropout is off and the random state stays. log:
-    is told every five seconds how far it is.
+    Dropout is off and the random state stays.
     """
-    logps = torch.full((len(pairs), 2), torch.nan)
     training = model.training
     model.eval()
-    started = shown = time.perf_counter()
-    for done, indices in enumerate(order):
-        now = time.perf_counter()
-        if log and now - shown > 5:
-            shown, left = now, (now - started) / done * (len(order) - done)
-            log(f"reference batch {done:>4}/{len(order)}  {left:.0f} s left")
-        chosen, rejected = preference_logps(model, pair_batch(pairs, indices, device))  # [B] each
-        logps[indices] = torch.stack((chosen, rejected), dim=1).float().cpu()
+    logps = torch.stack(preference_logps(model, batch), dim=1)
     model.train(training)
+    return logps.float().cpu()
+
+
+def pair_logps(model, pairs, order, device, of_batch=None) -> torch.Tensor:
+    """log pi of both answers of each pair, float32 [n, 2]: chosen, rejected. NaN if not in order.
+
+    order: lists of indices, one a forward pass. of_batch: another function than `batch_logps`.
+    """
+    of_batch = of_batch or batch_logps
+    logps = torch.full((len(pairs), 2), torch.nan)
+    for indices in order:
+        logps[indices] = of_batch(model, pair_batch(pairs, indices, device))
     return logps
 
 
 def one_epoch(pairs, batch_size: int, seed: int = 0) -> list[list[int]]:
-    """The batches of the first epoch."""
-    order = batch_order(pair_lengths(pairs), batch_size, seed)
-    return [next(order) for _ in range(math.ceil(len(pairs) / batch_size))]
+    """The batches of the first epoch, as lists of indices."""
+    batches = pair_batches(pairs, batch_size, seed)
+    first = itertools.islice(batches, batches.num_batches())
+    return [list(joined(rows)) for rows in first]
 
 
 def preference_metrics(policy, reference, **options) -> dict[str, float]:
@@ -157,8 +161,8 @@ def format_samples(questions, greedy: dict) -> str:
 
 def last_evaluation(path) -> dict[str, float]:
     """The metrics of the last evaluation on held-out pairs in a metrics.jsonl."""
-    rows = map(json.loads, Path(path).read_text("utf-8").splitlines())
-    last = [row for row in rows if "eval_loss" in row][-1]
+    lines = Path(path).read_text("utf-8").splitlines()
+    last = json.loads([line for line in lines if '"eval_loss"' in line][-1])
     return {name: value for name, value in last.items() if name.startswith("eval_")}
 
 

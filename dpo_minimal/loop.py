@@ -4,7 +4,6 @@ AdamW, linear warmup and cosine decay, gradient accumulation, clipping, evaluati
 states that an interrupted run goes on from, bit for bit. Read `train` from top to bottom.
 """
 
-import itertools
 import json
 import math
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from dpo_minimal import parallel
 from dpo_minimal.checkpoint import load_state, save_state
 from dpo_minimal.files import whole_file
 
@@ -32,18 +32,19 @@ class Settings:
     weight_decay: float = 0.05
     max_grad_norm: float = 1.0
     eval_every: int = 0  # 0: not during training
+    eval_at_start: bool = True  # of DPO it is known: policy = reference, all rewards are 0
     save_every: int = 0
     seed: int = 0
 
 
-def steps_per_epoch(settings: Settings, num_examples: int) -> float:
-    """Optimizer steps that see every row or pair once."""
-    return math.ceil(num_examples / settings.batch_size) / settings.grad_accum
+def steps_per_epoch(settings: Settings, num_batches: int) -> float:
+    """Optimizer steps that see every batch of an epoch once."""
+    return num_batches / settings.grad_accum
 
 
-def count_steps(settings: Settings, num_examples: int) -> int:
+def count_steps(settings: Settings, num_batches: int) -> int:
     """Optimizer steps of a stage."""
-    steps = math.ceil(settings.epochs * steps_per_epoch(settings, num_examples))
+    steps = math.ceil(settings.epochs * steps_per_epoch(settings, num_batches))
     return steps if settings.max_steps is None else min(steps, settings.max_steps)
 
 
@@ -56,13 +57,15 @@ def learning_rate(step: int, steps: int, settings: Settings) -> float:
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def train(model, objective, order, collate, steps, settings, log, state_path, evaluate=None):
+def train(
+    model, objective, order, collate, steps, settings, log, state_path, evaluate=None, keep=None
+):
     """Train the model's trainable parameters for `steps` steps.
 
     objective(model, batch) -> (losses [n], metrics {name: [n]}), n = batch.count: one value a pair
-    or scored token. order: an endless iterator of index lists; collate(indices) makes a Batch.
-    evaluate(model) -> metrics. log: a Log. state_path: where the state is kept; training goes on
-    from it if it is there.
+    or scored token. order: endless lists of rows, as `Batches` yields them; collate(rows) makes a
+    Batch. evaluate(model) -> metrics. log: a Log. state_path: where the state is kept; training
+    goes on from it if it is there. keep(): called before a state is saved, for what goes with it.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=settings.weight_decay, fused=True)
@@ -70,32 +73,38 @@ def train(model, objective, order, collate, steps, settings, log, state_path, ev
     if state_path.exists():
         progress = load_state(state_path, model, optimizer)
         first_step, num_tokens = progress["step"], progress["num_tokens"]
+        order.place = progress["place"]
     log.rewind(first_step)
-    order = itertools.islice(order, first_step * settings.grad_accum, None)
+    draw = iter(order)
     model.train()
     for step in range(first_step, steps):
-        if evaluate and settings.eval_every and step % settings.eval_every == 0:
+        due = settings.eval_every and step % settings.eval_every == 0
+        if evaluate and due and (step or settings.eval_at_start):
             log.write(step, prefix="eval_", **evaluate(model))
         started = time.perf_counter()
         rate = learning_rate(step, steps, settings)
         for group in optimizer.param_groups:
             group["lr"] = rate
 
-        batches = [collate(next(order)) for _ in range(settings.grad_accum)]
-        count = sum(batch.count for batch in batches)  # so that 4 batches of 1 are 1 batch of 4
+        shares = [parallel.share(next(draw)) for _ in range(settings.grad_accum)]
+        batches = [collate(rows) for rows in shares if rows]
+        # Of all batches and processes together, so that 4 batches of 1 are 1 batch of 4.
+        count = parallel.total(sum(batch.count for batch in batches))
         sums = Counter()
         for batch in batches:
             losses, metrics = objective(model, batch)
             (losses.sum() / count).backward()
             for name, values in {"loss": losses, **metrics}.items():
                 sums[name] += values.detach().sum()
+        parallel.add_gradients(parameters)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        tokens = sum(batch.num_tokens for batch in batches)
+        tokens = parallel.total(sum(batch.num_tokens for batch in batches))
         num_tokens += tokens
-        means = {name: float(total) / count for name, total in sums.items()}  # waits for the GPU
+        sums = parallel.total({name: float(value) for name, value in sums.items()})
+        means = {name: value / count for name, value in sums.items()}
         seconds = time.perf_counter() - started
         log.write(
             step,
@@ -105,8 +114,11 @@ def train(model, objective, order, collate, steps, settings, log, state_path, ev
             num_tokens=num_tokens,
             tokens_per_second=round(tokens / seconds, 1),
         )
-        if settings.save_every and (step + 1) % settings.save_every == 0:
-            save_state(state_path, model, optimizer, step=step + 1, num_tokens=num_tokens)
+        if settings.save_every and (step + 1) % settings.save_every == 0 and parallel.first():
+            if keep:
+                keep()
+            progress = dict(step=step + 1, num_tokens=num_tokens, place=order.place)
+            save_state(state_path, model, optimizer, **progress)
     if evaluate:
         log.write(steps, prefix="eval_", **evaluate(model))
 
@@ -133,8 +145,10 @@ class Log:
 
     def rewind(self, step: int):
         """Forget lines of this stage from `step` on: an interrupted run writes them again."""
+        if not parallel.first():
+            return
         lines = self.path.read_text("utf-8").splitlines() if self.path.exists() else []
-        rows = [(json.loads(line), line) for line in lines if line.endswith("}")]
+        rows = ((json.loads(line), line) for line in lines if line.endswith("}"))
         kept = [line for row, line in rows if row["stage"] != self.stage or row["step"] < step]
         with whole_file(self.path) as file:
             file.write("".join(f"{line}\n" for line in kept).encode())
@@ -142,6 +156,8 @@ class Log:
 
     def write(self, step: int, prefix: str = "", **metrics):
         """Append a line; `prefix` marks the metrics of an evaluation."""
+        if not parallel.first():
+            return
         row = {"stage": self.stage, "step": step}
         row |= {prefix + name: value for name, value in metrics.items()}
         row["epoch"] = round((step + (not prefix)) / self.steps_per_epoch, 4)

@@ -8,31 +8,31 @@ Without torchrun there is one process, and nothing here does anything.
 """
 
 import os
-from collections import Counter
 
 import torch
 import torch.distributed as dist
 
 
 def start(device: str) -> str:
-    """Join torchrun's other processes, if there are any; returns this one's device."""
+    """Join the other processes, if torchrun started some; returns this one's device."""
     if "LOCAL_RANK" not in os.environ:
         return device
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    wait()
     return device
-
-
-def rank() -> int:
-    """This process's number, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def processes() -> int:
     """How many there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def first() -> bool:
+    """Whether this is process 0, which writes for all."""
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def wait():
@@ -41,20 +41,29 @@ def wait():
         dist.barrier()
 
 
-def share(rows: list) -> list:
-    """This process's part of a batch; neighbours in length go to different processes."""
-    return rows[rank() :: processes()]
-
-
-def total(counts: dict[str, float]) -> Counter:
-    """Each name's values, added up over all processes."""
-    parts = [counts] * processes()
+def leave() -> bool:
+    """End what the processes do together. True for the one that goes on alone."""
+    alone = first()
     if dist.is_initialized():
-        dist.all_gather_object(parts, counts)
-    added = Counter()
-    for part in parts:
-        added.update(part)  # a Counter adds
-    return added
+        dist.destroy_process_group()
+    return alone
+
+
+def share(rows: list) -> list:
+    """This process's part of a batch. Neighbours, equally long, go to different processes."""
+    return rows[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else rows
+
+
+def total(value):
+    """A number, or a dict of numbers, added up over all processes."""
+    if not dist.is_initialized():
+        return value
+    parts = [None] * processes()
+    dist.all_gather_object(parts, value)
+    if not isinstance(value, dict):
+        return sum(parts)
+    names = dict.fromkeys(name for part in parts for name in part)  # a share may be empty
+    return {name: sum(part.get(name, 0) for part in parts) for name in names}
 
 
 def add_gradients(parameters):

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dpo_minimal import InputError
-from dpo_minimal.batches import batch_order
+from dpo_minimal import InputError, parallel
 from dpo_minimal.files import read_json, write_json
 from dpo_minimal.loop import Log, Settings, count_steps, steps_per_epoch, train
 
@@ -26,6 +25,9 @@ FORUM = {
     "sft": Settings(learning_rate=2e-3, batch_size=8, epochs=3, save_every=100),
     "dpo": Settings(learning_rate=1.5e-3, batch_size=32, epochs=2, eval_every=100, save_every=50),
 }
+MANY = 50_000  # examples: one has a thousand pairs held out, and seeing them takes minutes
+# Flags that one stage trains with: unlike the others, they mean nothing to another stage.
+STAGE_FLAGS = {field.name for field in fields(Settings)} - {"seed"}
 # Those of the blog's run on Llama 2 7B and stack-exchange-paired, but for SFT's learning rate, 1e-4
 # there: fewer data than its 500 steps of 8 rows want more.
 BLOG_FLAGS = {
@@ -105,42 +107,60 @@ class Run:
         """The base model."""
         return Path(self.args.model or self.out / "base")
 
+    @property
+    def scratch(self) -> Path:
+        """A folder that is there already, on the run's disk: the system's /tmp may be memory."""
+        return next(path for path in (self.out, *self.out.absolute().parents) if path.is_dir())
+
     def due(self, stage: str) -> bool:
         """Whether a stage is to be run: asked for, not done yet, not replaced by --model."""
         wanted = self.args.stage in (None, stage) and not (stage == "pretrain" and self.args.model)
         return wanted and not (self.out / PRODUCTS[stage]).exists()
 
     def fitted(self, stage: str, num_examples: int) -> Settings:
-        """A stage's settings; without flags, steps so small that an epoch has at least 32."""
-        settings = self.settings[stage]
+        """A stage's settings; without flags, steps so small that an epoch has at least 32.
+
+        With many examples the first step does not wait for an evaluation of what is known anyway.
+        """
+        settings = replace(self.settings[stage], eval_at_start=num_examples < MANY)
         if self.args.batch_size or self.args.grad_accum:
             return settings
         batch_size = min(settings.batch_size, max(1, num_examples // 32))
         grad_accum = min(settings.grad_accum, max(1, num_examples // (32 * batch_size)))
         return replace(settings, batch_size=batch_size, grad_accum=grad_accum)
 
-    def train(self, stage: str, model, objective, lengths, collate, evaluate=None):
-        """The loop with this stage's settings, log and state."""
-        settings = self.fitted(stage, len(lengths))
-        steps = count_steps(settings, len(lengths))
-        order = batch_order(lengths, settings.batch_size, settings.seed)
+    def train(self, stage, model, objective, batches, collate, evaluate=None, keep=None):
+        """The loop with this stage's settings, log and state. batches: a `Batches`."""
+        settings = self.fitted(stage, batches.num_rows())
+        batches.batch_size = settings.batch_size
+        steps = count_steps(settings, batches.num_batches())
         model.gradient_checkpointing = self.args.gradient_checkpointing
         if self.args.compile:
             for block in model.model.layers:
                 block.compile()
-        epoch = steps_per_epoch(settings, len(lengths))
+        epoch = steps_per_epoch(settings, batches.num_batches())
         log = Log(self.out / "metrics.jsonl", stage, steps, epoch)
         state = self.state_path(stage)
-        if not self.args.resume:
+        if not self.args.resume and parallel.first():
             state.unlink(missing_ok=True)
-        train(model, objective, order, collate, steps, settings, log, state, evaluate)
+        parallel.wait()
+        train(model, objective, batches, collate, steps, settings, log, state, evaluate, keep)
 
     def state_path(self, stage: str) -> Path:
         """Where an interrupted stage is kept; it goes when the stage's product is there."""
         return self.out / "state" / f"{stage}.pt"
 
+    def finish(self, stage: str, save):
+        """Save a stage's product; only then its state may go, and other processes may go on."""
+        if parallel.first():
+            save()
+            self.state_path(stage).unlink(missing_ok=True)
+        parallel.wait()
+
     def start(self):
         """Make the folder and write config.json: all settings and versions."""
+        if not parallel.first():
+            return
         (self.out / "state").mkdir(parents=True, exist_ok=True)
         on_gpu = self.device.startswith("cuda")
         record = {
@@ -163,7 +183,10 @@ def read_run(description: str) -> Run:
     if (args.resume or args.stage) and (out / "config.json").exists():
         # An earlier command's settings hold on, unless a flag says otherwise.
         saved = read_json(out / "config.json")["arguments"]
-        saved = {k: v for k, v in saved.items() if k not in ("stage", "resume", "out")}
+        left_out = {"stage", "resume", "out"}
+        if not args.resume and saved["stage"] not in (None, args.stage):
+            left_out |= STAGE_FLAGS
+        saved = {name: value for name, value in saved.items() if name not in left_out}
         defaults = saved
     parser.set_defaults(**defaults)
     args = parser.parse_args()
@@ -179,7 +202,8 @@ def read_run(description: str) -> Run:
     given = {name: value for name, value in given.items() if value is not None}
     stages = BLOG if args.data else FORUM
     settings = {stage: replace(preset, **given) for stage, preset in stages.items()}
-    return Run(args, out, device, getattr(torch, dtype), settings)
+    # After the checks: the other processes would take what the first one writes for another run.
+    return Run(args, out, parallel.start(device), getattr(torch, dtype), settings)
 
 
 def check_flags(args):

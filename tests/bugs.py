@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-import train
 from dpo_minimal.batches import (
     pair_batch,
 )
@@ -28,9 +27,7 @@ from dpo_minimal.data import (
     encode_sft,
     format_prompt,
 )
-from dpo_minimal.evaluate import (
-    pair_logps,
-)
+from dpo_minimal.evaluate import batch_logps
 from dpo_minimal.llama import Attention, Llama, at_least_float32, rotary_table, rotate
 from dpo_minimal.loop import train as train_loop
 from dpo_minimal.lora import Adapter, active_adapters, merged_weight
@@ -42,6 +39,7 @@ from dpo_minimal.nf4 import (
     dequantize_nf4,
     quantize_nf4,
 )
+from dpo_minimal.reference import reference_logps
 
 
 class Bug(NamedTuple):
@@ -155,9 +153,9 @@ def prompt_scored(pairs, indices, device):
     "test_data.py::test_an_encoded_pair_is_the_template_with_one_bos_and_one_eos",
     "test_data.py::test_joint_tokens_begin_with_the_prompt_whatever_the_answer_begins_with",
 )
-def bos_in_front_of_the_answer(tokenizer, question, answer):
-    prompt, answer = encode_example(tokenizer, question, answer)
-    return prompt, [tokenizer.bos_id, *answer]
+def bos_in_front_of_the_answer(tokenizer, question, *answers):
+    prompt, *answers = encode_example(tokenizer, question, *answers)
+    return prompt, *([tokenizer.bos_id, *answer] for answer in answers)
 
 
 @bug(
@@ -167,9 +165,9 @@ def bos_in_front_of_the_answer(tokenizer, question, answer):
     "test_data.py::test_an_encoded_pair_is_the_template_with_one_bos_and_one_eos",
     "test_data.py::test_joint_tokens_begin_with_the_prompt_whatever_the_answer_begins_with",
 )
-def eos_missing(tokenizer, question, answer):
-    prompt, answer = encode_example(tokenizer, question, answer)
-    return prompt, answer[:-1]
+def eos_missing(tokenizer, question, *answers):
+    prompt, *answers = encode_example(tokenizer, question, *answers)
+    return prompt, *(answer[:-1] for answer in answers)
 
 
 @bug(
@@ -190,10 +188,11 @@ def eos_masked_as_a_pad(pairs, indices, device):
     "The prompt's last space belongs to the answer's first word: that word is never learned.",
     "test_data.py::test_joint_tokens_begin_with_the_prompt_whatever_the_answer_begins_with",
 )
-def prompt_and_answer_merged(tokenizer, question, answer):
+def prompt_and_answer_merged(tokenizer, question, *answers):
     prompt = tokenizer.encode(format_prompt(question) + " ", bos=True)
-    joint = tokenizer.encode(f"{format_prompt(question)} {answer}", bos=True, eos=True)
-    return prompt, joint[len(prompt) :]
+    texts = [f"{format_prompt(question)} {answer}" for answer in answers]
+    joint = [tokenizer.encode(text, bos=True, eos=True) for text in texts]
+    return prompt, *(ids[len(prompt) :] for ids in joint)
 
 
 @bug(
@@ -216,7 +215,7 @@ def truncation_takes_the_whole_answer(tokenizer, pair, max_length):
     "test_data.py::test_dropped_rows_are_counted_and_the_rest_keeps_its_order_and_its_ends",
 )
 def truncation_takes_the_eos(tokenizer, texts, max_length, log=print):
-    encoded = [encode_example(tokenizer, *text) for text in texts]
+    encoded = [encode_example(tokenizer, *text[:2]) for text in texts]
     return [(p, answer[: max_length - len(p)]) for p, answer in encoded if len(p) < max_length]
 
 
@@ -237,13 +236,13 @@ def dropout_in_the_reference(self, x):
 
 @bug(
     12,
-    train.reference_logps,
+    reference_logps,
     "At step 0 rewards are not 0 and the loss is not ln 2: they show what SFT has learned.",
     "test_train.py::test_step_0_of_dpo_is_exact_and_the_margin_moves_from_there[sigmoid]",
 )
-def reference_is_the_base(run, model, pairs, order):
+def reference_is_the_base(model, batch):
     with active_adapters(model, []):  # not ["sft"]
-        return pair_logps(model, pairs, order, run.device)
+        return batch_logps(model, batch)
 
 
 @bug(
@@ -272,14 +271,15 @@ def mean_instead_of_sum(model, batch):
 
 @bug(
     15,
-    train.reference_logps,
+    reference_logps,
     "The first loss is near ln 2 but not ln 2: margins and accuracies before anything is learned.",
     "test_train.py::test_step_0_of_dpo_is_exact_and_the_margin_moves_from_there[sigmoid]",
 )
-def reference_takes_another_numeric_path(run, model, pairs, order):
+def reference_takes_another_numeric_path(model, batch):
     # the policy computes in float32
-    with active_adapters(model, ["sft"]), torch.autocast(run.device, torch.bfloat16):
-        return pair_logps(model, pairs, order, run.device)
+    device = batch.tokens.device.type
+    with active_adapters(model, ["sft"]), torch.autocast(device, torch.bfloat16):
+        return batch_logps(model, batch)
 
 
 @bug(
@@ -379,13 +379,13 @@ def base_not_quantized(folder, device="cpu", dtype=torch.float32, quantize="nf4"
 
 @bug(
     23,
-    pair_logps,
+    batch_logps,
     "A run that finds its reference on disk draws other dropout than the run that computed it.",
     "test_loop.py::test_an_evaluation_moves_neither_the_random_state_nor_the_mode",
 )
-def reference_pass_moves_the_random_state(model, pairs, order, *rest):
-    shuffled = [order[i] for i in torch.randperm(len(order))]
-    return pair_logps(model, pairs, shuffled, *rest)
+def reference_pass_moves_the_random_state(model, batch):
+    order = torch.randperm(batch.count)  # whoever looks at the pairs in a random order
+    return batch_logps(model, batch)[order][order.argsort()]
 
 
 # --- the network ------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dpo_minimal.batches import joined, pair_batches
+from dpo_minimal.data import EncodedPair
 from dpo_minimal.llama import Llama, LlamaConfig
 
 SHAPE = {
@@ -28,6 +30,12 @@ def tiny_llama(dtype=torch.float64, seed=0, **changes) -> Llama:
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     return model.to(dtype)
+
+
+def batch_order(lengths, batch_size: int, seed: int):
+    """The numbers of examples of these lengths, in the batches in which pairs are trained."""
+    pairs = [EncodedPair([0] * n, [], []) for n in lengths]
+    return (list(joined(rows)) for rows in pair_batches(pairs, batch_size, seed))
 
 
 def random_tokens(B: int, T: int, seed=1) -> torch.Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import fill_adapter, random_tokens, tiny_llama
 
-from dpo_minimal.batches import batch_order, packed_batch, pair_batch
+from dpo_minimal.batches import Batches, packed_batch, pair_batch
 from dpo_minimal.data import EncodedPair
 from dpo_minimal.evaluate import pair_logps
 from dpo_minimal.loop import Log, Settings, count_steps, learning_rate, steps_per_epoch, train
@@ -33,6 +33,11 @@ def sft_collate(indices):
     return packed_batch(EXAMPLES, [[i] for i in indices], "cpu")
 
 
+def in_batches(size, seed):
+    """Numbers of the examples, sorted by length within an epoch, in shuffled batches."""
+    return Batches(lambda w: sorted(w, key=LENGTHS.__getitem__), len(LENGTHS), 99, seed, size)
+
+
 def adapted(dtype=torch.float64, dropout=0.0, seed=5):
     """A tiny 4-bit base with a fresh trainable adapter."""
     model = quantize_model(tiny_llama(dtype))
@@ -49,8 +54,8 @@ def weights(model):
 def run(folder, model, settings, steps=6, order=None, collate=sft_collate, **more):
     """Train in a folder, on SFT unless told otherwise; returns the rows of its metrics.jsonl."""
     folder.mkdir(exist_ok=True)
-    order = order or batch_order(LENGTHS, settings.batch_size, settings.seed)
-    epoch = steps_per_epoch(settings, len(LENGTHS))
+    order = order or in_batches(settings.batch_size, settings.seed)
+    epoch = steps_per_epoch(settings, math.ceil(len(LENGTHS) / settings.batch_size))
     log = Log(folder / "metrics.jsonl", "sft", steps, epoch)
     objective = more.pop("objective", sft_objective)
     train(model, objective, order, collate, steps, settings, log, folder / "sft.pt", **more)
@@ -119,7 +124,8 @@ def test_the_learning_rate_rises_linearly_and_falls_along_half_a_cosine(warmup, 
     ],
 )
 def test_the_number_of_steps_is_counted_by_hand(changes, examples, steps):
-    assert count_steps(Settings(learning_rate=1.0, batch_size=4, **changes), examples) == steps
+    batches = math.ceil(examples / 4)
+    assert count_steps(Settings(learning_rate=1.0, batch_size=4, **changes), batches) == steps
 
 
 # The step.
@@ -247,7 +253,7 @@ def test_every_step_is_a_line_and_evaluations_come_between(tmp_path):
     assert {"loss", "grad_norm", "learning_rate", "num_tokens", "epoch"} < first.keys()
     assert first["tokens_per_second"] > 0 and 0.01 < first["peak_memory_gb"] < 100
     # two batches of three examples a step; tokens count the BOS, pads do not count
-    batches = list(zip(range(4), batch_order(LENGTHS, 3, 0), strict=False))
+    batches = list(zip(range(4), in_batches(3, 0), strict=False))
     counts = [sum(LENGTHS[i] + 1 for i in batch) for _, batch in batches]
     assert first["num_tokens"] == sum(counts[:2]) and second["num_tokens"] == sum(counts)
     # 12 examples are 4 batches, so 2 steps an epoch; an evaluation comes before its step

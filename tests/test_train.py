@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -14,13 +15,14 @@ import torch
 
 import train
 from dpo_minimal import forum, loop, run_command
-from dpo_minimal.batches import answer_rows
+from dpo_minimal.batches import answer_rows, pair_batch
 from dpo_minimal.checkpoint import load_adapter, load_llama, save_llama
-from dpo_minimal.data import PreferencePair, encode_pair, load_splits
+from dpo_minimal.data import encode_pair, load_pairs, load_splits
 from dpo_minimal.files import open_safetensors
 from dpo_minimal.llama import Llama, LlamaConfig
 from dpo_minimal.lora import active_adapters, add_adapter
 from dpo_minimal.loss import sequence_logps
+from dpo_minimal.reference import open_reference, reference_logps
 from dpo_minimal.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -273,42 +275,47 @@ def test_a_finished_run_resumes_to_nothing_and_a_changed_setting_is_refused(
 
 
 def test_kept_reference_log_probs_are_used_only_where_nothing_they_depend_on_changed(
-    tmp_path, tokenizer, monkeypatch
+    tmp_path, data, tokenizer_file, tokenizer
 ):
     (tmp_path / "state").mkdir()
-    run = SimpleNamespace(out=tmp_path, dtype=torch.float32, device="cpu")
-    rows = [PreferencePair(**row) for row in preference_rows(4)]
-    pairs = [encode_pair(tokenizer, pair, 128) for pair in rows]
+    (tmp_path / "base").mkdir()
+    shutil.copy(tokenizer_file, tmp_path / "base" / "tokenizer.model")
+    args = SimpleNamespace(max_length=128, seed=0)
+    run = SimpleNamespace(out=tmp_path, model_folder=tmp_path / "base", args=args)
+    run.dtype, run.device = torch.float32, "cpu"
+    texts = load_pairs(data, lambda text: None)
+    batch = pair_batch([encode_pair(tokenizer, pair, 128) for pair in texts], [3, 1, 2], "cpu")
     torch.manual_seed(0)
     model = Llama(TINY)
     add_adapter(model, "sft", r=2)
     add_adapter(model, "dpo", r=2)
-    computed, pair_logps = [], train.pair_logps
 
-    def count(*args):
-        computed.append(args)
-        return pair_logps(*args)
-
-    monkeypatch.setattr(train, "pair_logps", count)
-
-    def changed(name, pairs=pairs):
+    def changed(name="", texts=texts, batch_size=3):
         """Change the parameters with this name; whether the reference is computed anew."""
         for path, parameter in model.named_parameters():
             if name and name in path:
                 parameter.data.add_(0.1)
-        before = len(computed)
-        kept = train.reference_logps(run, model, pairs, [[0, 1], [2, 3]])
-        with active_adapters(model, ["sft"]):
-            expected = pair_logps(model, pairs, [[0, 1], [2, 3]], "cpu")
-        assert torch.equal(kept, expected)
-        return len(computed) > before
+        kept = open_reference(run, model, texts, 5, batch_size)
+        known = ~kept.table.isnan().any(dim=1)
+        assert known.tolist() in ([False] * 5, [False, True, True, True, False])
+        expected = reference_logps(model, batch)
+        assert torch.equal(kept.logps(model, batch), expected)
+        assert torch.equal(kept.table[[3, 1, 2]], expected)
+        kept.save()
+        return not known.any()
 
-    assert changed("")
-    assert not changed("")
+    assert changed()
+    assert not changed()
     assert not changed(".dpo.lora_B")  # the policy may move
     assert changed(".sft.lora_B")
     assert changed("up_proj")
-    assert changed("", pairs[::-1])
+    assert changed(texts=texts[::-1])
+    assert changed(batch_size=4)
+    args.max_length = 96  # other pairs may be dropped, and the numbers of the rest move
+    assert changed() and not changed()
+    with open(tmp_path / "base" / "tokenizer.model", "ab") as file:
+        file.write(b" ")
+    assert changed()
 
 
 # The embedded forum, with a small forum in its place.
@@ -353,6 +360,24 @@ def test_the_base_of_the_forum_is_a_model_folder_like_any_other(forum_run):
     assert load_tokenizer(forum_run / "base").vocab_size == model.config.vocab_size
     row = json.loads((forum_run / "data" / "rl" / "forum.jsonl").read_text().splitlines()[0])
     assert row["question"] in forum.QUESTIONS and row.keys() >= {"response_j", "response_k"}
+
+
+def test_a_thread_longer_than_max_length_is_dropped_and_counted(tmp_path, monkeypatch, capsys):
+    threads, widths = forum.make_forum(0)["pretrain"][:200], []
+    monkeypatch.setattr(forum, "make_forum", lambda seed: {"pretrain": threads})
+    monkeypatch.setattr(train, "TINY_LLAMA", TINY)
+    collate = train.collate_packed
+
+    def watch(*args, **named):
+        batch = collate(*args, **named)
+        widths.append(batch.tokens.shape[1])
+        return batch
+
+    monkeypatch.setattr(train, "collate_packed", watch)
+    command("--stage", "pretrain", "--max-length", 90, "--out", tmp_path / "run")
+    said = capsys.readouterr().out
+    assert re.search(r"threads: dropped \d+ of 200 longer than 90 tokens", said)
+    assert len(widths) > 5 and 80 < max(widths) <= 90
 
 
 # Bad input: one line, exit status 2, nothing half-written.
@@ -472,6 +497,22 @@ def test_stages_out_of_order_and_flags_that_do_not_fit_are_refused(
     assert "--model" in refuse(capsys, "--data", data, "--out", out)
     assert "already" in refuse(capsys, *flags, "--out", whole_run, "--stage", "dpo")
     assert not out.exists()
+
+
+def test_flags_of_one_stage_are_not_those_of_the_next_but_flags_of_the_run_are(tmp_path, flags):
+    out, more = tmp_path / "run", ["--learning-rate", 0.25, "--eval-every", 1]
+    command(*flags, *more, "--beta", 0.3, "--out", out, "--stage", "sft")
+    command("--out", out, "--stage", "dpo", "--max-steps", 2)
+    config = json.loads((out / "config.json").read_text())
+    assert config["arguments"]["max_length"] == 96 and config["arguments"]["beta"] == 0.3
+    assert config["stages"]["dpo"]["max_steps"] == 2
+    for name, default in {"learning_rate": 5e-4, "batch_size": 4, "eval_every": 100}.items():
+        assert config["stages"]["dpo"][name] == default
+    assert [r["step"] for r in metrics(out) if "eval_loss" in r] == [0, 2]
+    # The same stage again, or one stage of a run that had them all, has the flags it had.
+    shutil.rmtree(out / "dpo")
+    command("--out", out, "--stage", "dpo")
+    assert json.loads((out / "config.json").read_text())["arguments"]["max_steps"] == 2
 
 
 def test_the_script_itself_refuses_in_one_line_with_status_2(tmp_path, model_folder):

@@ -12,7 +12,7 @@ def read_parquet(path):
         raise InputError(f"{path} is parquet: pip install pyarrow to read it") from None
     try:
         number = 0
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}, row {number}", row

@@ -1,0 +1,109 @@
+"""Preference data larger than memory: seconds to the first step, and the memory that it takes.
+
+    python benchmarks/large_data.py --pairs 1000000 --json large_data.json
+
+Writes synthetic pairs as JSON Lines, then runs `train.py --stage sft` and `--stage dpo` on them
+with a tiny model, each in a process of its own that is watched from outside.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from models import machine_record, write_result
+
+TRAIN = Path(__file__).parents[1] / "train.py"
+WORDS = "the a this my your old new how why what does make get work with for of in on to is"
+
+
+def write_pairs(path, count: int, bytes_per_answer: int):
+    """Write `count` pairs on a third as many questions. Answers are pieces of one random text."""
+    rng = random.Random(0)
+    words = WORDS.split()
+    text = " ".join(rng.choice(words) + str(rng.randrange(1000)) for _ in range(200_000))
+    questions = [f"{i} {text[i % 9999 : i % 9999 + 80]}?" for i in range(max(1, count // 3))]
+    with open(path, "w", encoding="utf-8") as file:
+        for _ in range(count):
+            starts = (rng.randrange(len(text) - 2 * bytes_per_answer) for _ in range(2))
+            # From half to one and a half times as long, and never equal.
+            lengths = (rng.randint(bytes_per_answer // 2, 3 * bytes_per_answer // 2) for _ in "ab")
+            chosen, rejected = (text[a : a + n] for a, n in zip(starts, lengths, strict=True))
+            row = {"prompt": rng.choice(questions), "chosen": chosen, "rejected": f"{rejected}."}
+            file.write(json.dumps(row) + "\n")
+
+
+def run(*flags) -> subprocess.Popen:
+    """Start train.py with these flags; its output is read from here."""
+    command = [sys.executable, "-u", TRAIN, *flags]
+    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
+
+
+def watch(process) -> dict:
+    """Seconds to the model's loading and to the end of the first step, and the peak of memory."""
+    started, seconds = time.perf_counter(), {}
+    for line in process.stdout:
+        print(f"{time.perf_counter() - started:7.1f} s  {line}", end="", flush=True)
+        for name, sign in {"loaded": "model ", "first_step": "step    1/"}.items():
+            if sign in line:
+                seconds.setdefault(name, round(time.perf_counter() - started, 1))
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"train.py ended with status {process.returncode}")
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = usage.ru_maxrss * unit / 1e9
+    return {"seconds": seconds, "total": time.perf_counter() - started, "peak_rss_gb": peak}
+
+
+def measure(args, folder: Path) -> dict:
+    """Make the data and a model, then run both stages: {stage: what `watch` saw}."""
+    data, started = folder / "pairs.jsonl", time.perf_counter()
+    write_pairs(data, args.pairs, args.bytes_per_answer)
+    size = data.stat().st_size
+    seconds = time.perf_counter() - started
+    print(f"{args.pairs} pairs, {size / 1e9:.2f} GB, written in {seconds:.0f} s", flush=True)
+    model = args.model
+    if not model:
+        watch(run("--stage", "pretrain", "--max-steps", 2, "--out", folder / "forum"))
+        model = folder / "forum" / "base"
+    stages, flags = {}, ["--model", model, "--data", data, "--out", folder / "run"]
+    flags += ["--batch-size", 4, "--grad-accum", 1]
+    for stage in ("sft", "dpo"):
+        more = ["--stage", stage, "--max-steps", args.max_steps, "--max-length", args.max_length]
+        stages[stage] = watch(run(*flags, *more))
+        print(f"{stage}: {stages[stage]}", flush=True)
+    return {"file_gb": size / 1e9, "stages": stages}
+
+
+def main():
+    """The command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--pairs", type=int, default=1_000_000)
+    parser.add_argument("--bytes-per-answer", type=int, default=1000)
+    parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument("--max-steps", type=int, default=10)
+    parser.add_argument("--model", help="a model folder; without it a tiny one is made")
+    parser.add_argument("--scratch", help="a folder with room for twice the data")
+    parser.add_argument("--json", help="where the figures go")
+    args = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(dir=args.scratch))
+    try:
+        settings = {name: getattr(args, name) for name in ("pairs", "bytes_per_answer")}
+        settings |= {name: getattr(args, name) for name in ("max_length", "max_steps")}
+        result = {"machine": machine_record(), "settings": settings, **measure(args, folder)}
+    finally:
+        shutil.rmtree(folder)
+    if args.json:
+        write_result(args.json, result)
+
+
+if __name__ == "__main__":
+    main()

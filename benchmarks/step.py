@@ -1,0 +1,224 @@
+"""One DPO step of this project: its time and its peak memory. The other benchmarks build on it.
+
+    python benchmarks/step.py --model random:smollm2-135m --pairs 4 --length 512
+
+A step is what dpo_minimal.loop does: forward, loss, backward, clipping, AdamW; the reference's
+log-probabilities are numbers by then. Random tokens; all pairs are equally long, so no padding.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from models import machine_record, model_folder, write_result
+
+from dpo_minimal.batches import pair_batch
+from dpo_minimal.checkpoint import load_llama
+from dpo_minimal.data import EncodedPair
+from dpo_minimal.lora import add_adapter
+from dpo_minimal.loss import dpo_loss, preference_logps
+
+
+def step_parser(description: str, **defaults) -> argparse.ArgumentParser:
+    """The flags that say which step; train.py's names where it has them."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=raw)
+    add, on_off = parser.add_argument, argparse.BooleanOptionalAction
+    add("--model", default="random:smollm2-135m", help="a folder, or random:SHAPE")
+    add("--scratch", help="where random models are made (a cache in the home folder)")
+    add("--pairs", type=int, default=4, help="pairs a step")
+    add("--length", type=int, default=512, help="tokens of prompt + answer")
+    add("--prompt", type=int, help="tokens of the prompt (half of --length)")
+    add("--r", type=int, default=8, help="rank of the adapters")
+    add("--targets", default="q_proj,v_proj", help="linear layers with adapters, or all")
+    add("--dropout", type=float, default=0.05)
+    add("--gradient-checkpointing", action=on_off, default=True)
+    add("--dtype", choices=["float32", "bfloat16"], help="bfloat16 on a GPU, else float32")
+    add("--device", help="cuda if there is one, else cpu")
+    add("--threads", type=int, help="CPU threads (as torch chooses)")
+    add("--steps", type=int, default=5, help="timed steps, after one that warms up")
+    add("--json", help="write the figures to this file")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def read_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The flags with device, dtype, prompt length and threads settled."""
+    args = parser.parse_args()
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    args.prompt = args.length // 2 if args.prompt is None else args.prompt
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return args
+
+
+def settings_record(args) -> dict:
+    """The flags for a result's file; a folder's place says nothing elsewhere, its name does."""
+    settings = {k: v for k, v in vars(args).items() if k not in ("scratch", "json")}
+    return settings | {"model": Path(args.model).name, "threads": torch.get_num_threads()}
+
+
+def step_flags(args, **changes) -> list[str]:
+    """The command line of the same step, or of one with `changes`, for a process of its own."""
+    known = {action.dest for action in step_parser("")._actions} - {"help", "json"}
+    flags = []
+    for name, value in (vars(args) | changes).items():
+        flag = name.replace("_", "-")
+        if name not in known or value is None:
+            continue
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags += [f"--{flag}", str(value)]
+    return flags
+
+
+def build_model(args):
+    """The model as DPO trains it: NF4 base, a frozen adapter `sft`, a trainable one `dpo`."""
+    folder = model_folder(args.model, args.scratch)
+    model = load_llama(folder, args.device, getattr(torch, args.dtype))
+    for name in ("sft", "dpo"):
+        add_adapter(model, name, args.r, 2 * args.r, args.dropout, args.targets)
+    model.gradient_checkpointing = args.gradient_checkpointing
+    return model.train()
+
+
+def make_batch(args, vocab_size: int, device=None):
+    """--pairs pairs of random tokens as the training loop's batch."""
+    generator = torch.Generator().manual_seed(0)
+    parts = (args.prompt, args.length - args.prompt, args.length - args.prompt)
+
+    def ids(count):
+        return torch.randint(vocab_size, (count,), generator=generator).tolist()
+
+    pairs = [EncodedPair(*map(ids, parts)) for _ in range(args.pairs)]
+    return pair_batch(pairs, list(range(args.pairs)), device or args.device)
+
+
+def dpo_losses(model, batch) -> torch.Tensor:
+    """The loss of each pair, [pairs], against a made-up reference."""
+    chosen, rejected = preference_logps(model, batch)
+    return dpo_loss(chosen, rejected, chosen.detach(), rejected.detach(), beta=0.1)[0]
+
+
+def make_step(model, batch):
+    """(a function that takes one whole training step, the trained parameters, their optimizer)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+    def step() -> float:
+        loss = dpo_losses(model, batch).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())  # waits for the GPU
+
+    return step, parameters, optimizer
+
+
+def seconds_each(run, times: int) -> list[float]:
+    """How long each of `times` calls took, after one that is not counted."""
+    run()
+    seconds = []
+    for _ in range(times):
+        wait()
+        started = time.perf_counter()
+        run()
+        wait()
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def wait():
+    """Wait until a GPU, if there is one, has done all its work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+# --- peak memory ------------------------------------------------------------------------------
+
+
+def memory_now(device: str) -> int:
+    """Bytes held now: tensors on a GPU, else the process's resident memory."""
+    if device.startswith("cuda"):
+        return torch.cuda.memory_allocated()
+    return status_bytes("VmRSS") or peak_memory(device)
+
+
+def reset_peak(device: str):
+    """Forget the peak so far, so that `peak_memory` is that of what comes next."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: str) -> int:
+    """The most bytes held at once since `reset_peak` (elsewhere than on Linux: ever)."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    # Not ru_maxrss on Linux: a child inherits its parent's, and it cannot be reset.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return status_bytes("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def status_bytes(field: str) -> int | None:
+    """A field of /proc/self/status; None where there is no such file."""
+    path = Path("/proc/self/status")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), None)
+
+
+def measure_step(args) -> dict:
+    """Load the model and take the steps: {what: seconds, bytes or a count}."""
+    started = time.perf_counter()
+    reset_peak(args.device)
+    model = build_model(args)
+    wait()
+    result = {"load_seconds": time.perf_counter() - started}
+    result["load_peak_bytes"] = peak_memory(args.device)
+    result["loaded_bytes"] = memory_now(args.device)
+    batch = make_batch(args, model.config.vocab_size)
+    reset_peak(args.device)
+    seconds = seconds_each(make_step(model, batch)[0], args.steps)
+    return result | {
+        "step_seconds": statistics.median(seconds),
+        "step_seconds_all": seconds,
+        "step_peak_bytes": peak_memory(args.device),
+        "tokens": batch.num_tokens,
+        "tokens_per_second": batch.num_tokens / statistics.median(seconds),
+    }
+
+
+def run_alone(script: str, flags: list[str], **environment) -> dict:
+    """A benchmark in a process of its own, so that its peak memory is its own: its last line."""
+    command = [sys.executable, str(Path(__file__).with_name(script)), *flags]
+    environment = os.environ | environment
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{script} {' '.join(flags)}: ended with status {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main():
+    """The command line: one line of JSON."""
+    args = read_arguments(step_parser(__doc__))
+    result = measure_step(args)
+    if args.json:
+        write_result(
+            args.json, {"machine": machine_record(), "settings": settings_record(args)} | result
+        )
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Two processes under torchrun against one: the same trajectory, one writer."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpo_minimal import forum, parallel
+from dpo_minimal.files import open_safetensors
+
+ROOT = Path(__file__).parents[1]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+# A batch of 5 cannot be dealt evenly, and of a batch of 1 the second process gets nothing.
+FLAGS = ["--batch-size", 5, "--max-length", 96, "--max-steps", 5, "--lora-dropout", 0]
+FLAGS += ["--epochs", 9, "--learning-rate", 0.01, "--save-every", 2, "--eval-every", 2]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A file of 32 preference pairs: 16 to train on, in batches of 5, 5, 5 and 1."""
+    rng, path = random.Random(0), tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    rows = []
+    for question in list(forum.QUESTIONS)[::20][:32]:
+        chosen, rejected = forum.vote(question, rng.sample(forum.candidates(question), 2), rng)
+        rows.append({"prompt": question, "chosen": chosen, "rejected": rejected})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(folder, model_folder, data, program):
+    """Run the stages sft and dpo in processes of their own; the metrics and the adapters."""
+    for stage, accumulate in (("sft", 1), ("dpo", 2)):
+        flags = ["--model", model_folder, "--data", data, "--out", folder, "--stage", stage]
+        words = [sys.executable, *program, "train.py", *flags, *FLAGS, "--grad-accum", accumulate]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            list(map(str, words)), cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        # One process speaks for all.
+        assert done.stdout.count(" held out\n" if stage == "dpo" else " texts in ") == 1
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    weights = open_safetensors(folder / "dpo" / "adapter_model.safetensors")
+    return rows, {name: tensor.read() for name, tensor in weights.items()}
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path, model_folder, data):
+    one = run(tmp_path / "one", model_folder, data, [])
+    two = run(tmp_path / "two", model_folder, data, TORCHRUN)
+    assert len(one[0]) == len(two[0]) > 10  # every line once
+    for row, expected in zip(two[0], one[0], strict=True):
+        assert row.pop("stage") == expected.pop("stage")
+        for name in row.keys() - {"tokens_per_second", "peak_memory_gb"}:
+            assert row[name] == pytest.approx(expected[name], rel=1e-6, abs=1e-6), name
+    for name, weight in one[1].items():
+        # Adam divides by a root of squares: where a gradient is near 0, its rounding shows.
+        torch.testing.assert_close(two[1][name], weight, rtol=0, atol=1e-5)
+    assert two[0][-1]["eval_rewards/margins"] != 0
+
+
+def test_one_process_shares_with_nobody():
+    assert parallel.share([3, 1, 2]) == [3, 1, 2] and parallel.total(5) == 5
+    assert parallel.first() and parallel.processes() == 1 and parallel.leave()
+    assert parallel.start("cpu") == "cpu"
