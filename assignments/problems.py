@@ -1,0 +1,42 @@
+"""All problems in order; the chapters hold them. `N. title` is what students see."""
+
+import chapter_adapters
+import chapter_bits
+import chapter_by_hand
+import chapter_losses
+import chapter_network
+import chapter_quantize
+import chapter_training
+from ladder import Problem
+from variants import Variant
+
+PROBLEMS: tuple[Problem, ...] = (
+    *chapter_network.PROBLEMS,
+    chapter_bits.CODE,
+    *chapter_quantize.PROBLEMS,
+    chapter_bits.MATMUL,
+    *chapter_adapters.PROBLEMS,
+    *chapter_losses.PROBLEMS,
+    *chapter_by_hand.PROBLEMS,
+    *chapter_training.PROBLEMS,
+)
+NUMBERS = {problem.name: n for n, problem in enumerate(PROBLEMS, start=1)}
+
+
+def chosen(names: list[str] | None) -> list[Problem]:
+    """The problems of these names or numbers, all without any; KeyError for an unknown one."""
+    known = {p.name: p for p in PROBLEMS} | {
+        str(n): p for p, n in zip(PROBLEMS, NUMBERS.values(), strict=True)
+    }
+    if not names:
+        return list(PROBLEMS)
+    wanted = {known[name].name for name in names}
+    return [problem for problem in PROBLEMS if problem.name in wanted]
+
+
+def text_of(problem: Problem, v: Variant) -> str:
+    """What students are told, with the variant's choices filled in."""
+    axes = {"layout": v.rotary, "code": v.code, "lora": v.lora, "loss": v.loss, "mask": v.mask}
+    axes["by_hand"] = v.loss
+    changes = {name: problem.changes.get(choice, "") for name, choice in axes.items()}
+    return problem.text.format(**changes).strip()

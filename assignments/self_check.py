@@ -1,0 +1,143 @@
+"""Everything that an instructor may want to see proved, some minutes of it.
+
+    python assignments/self_check.py [reference] [wrong] [hostile] [handout] [variants]
+
+reference  full points for several seeds; nothing for the empty handout
+wrong      each plausible wrong solution loses its rungs and no others, and is told its bug
+hostile    no submission gets a wrong point, ends the grader or touches anything outside
+handout    the visible tests pass on the reference and fail on the handout
+variants   full points for the reference of every variant
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import solved
+from grade import Grader
+from hostile import HOSTILE, hostile_files, touched
+from make_handout import make
+from problems import PROBLEMS
+from variants import COUNT, Variant, variant
+from wrong import WRONG, check_wrong
+
+
+def lost(rows) -> set[str]:
+    """The problems that lost points."""
+    return {row["problem"] for row in rows if row["score"] < row["max"]}
+
+
+def check_reference() -> int:
+    failures = 0
+    for seed in range(10):
+        with tempfile.TemporaryDirectory() as folder, Grader(Variant(), seed) as grader:
+            place = solved.write(Path(folder), solved.solution(Variant()))
+            started = time.perf_counter()
+            wrong = lost(grader.grade(place))
+            seconds = time.perf_counter() - started
+            failures += bool(wrong)
+            print(f"seed {seed}: {wrong or 'all points'} in {seconds:.1f} s")
+    return failures
+
+
+def check_variants() -> int:
+    failures = 0
+    for number in range(COUNT):
+        with tempfile.TemporaryDirectory() as folder, Grader(variant(number), number) as grader:
+            place = solved.write(Path(folder), solved.solution(variant(number)))
+            wrong = lost(grader.grade(place))
+            failures += bool(wrong)
+            print(f"variant {number}: {wrong or 'all points'}")
+    return failures
+
+
+def check_wrongs() -> int:
+    failures = 0
+    for seed in (1, 2, 3):
+        with Grader(Variant(), seed) as grader:
+            for wrong in WRONG:
+                complaint = check_wrong(grader, wrong)
+                failures += complaint is not None
+                if complaint:
+                    print(f"seed {seed}: {complaint}")
+    print(f"{len(WRONG)} wrong solutions, three seeds each, {failures} complaints")
+    return failures
+
+
+def check_hostile() -> int:
+    failures = 0
+    with tempfile.TemporaryDirectory() as folder:
+        canary = Path(folder) / "canary"
+        for hostile in HOSTILE:
+            canary.write_text("untouched")
+            canary.chmod(0o600)
+            before = canary.stat()
+            started = time.perf_counter()
+            place = Path(folder) / hostile.name
+            solved.write(place, hostile_files(hostile, canary))
+            listing = sorted((p, p.stat().st_mtime_ns) for p in place.rglob("*"))
+            with Grader(Variant(), 5, touched(hostile)) as grader:
+                rows = grader.grade(place)
+                scratch = grader.folder
+            said = []
+            if lost(rows) != set(hostile.loses):
+                said.append(f"lost {lost(rows) or 'nothing'}")
+            after = canary.stat()
+            same = (before.st_mode, before.st_mtime_ns) == (after.st_mode, after.st_mtime_ns)
+            if canary.read_text() != "untouched" or not same or Path("/tmp/hostile").exists():
+                said.append("the canary was touched")
+            if listing != sorted((p, p.stat().st_mtime_ns) for p in place.rglob("*")):
+                said.append("the submission was changed")
+            if scratch.exists() or "4242" in running():
+                said.append("something was left behind")
+            if any("I CAN READ" in row["output"] for row in rows):
+                said.append("it reads the grader's files")
+            failures += bool(said)
+            seconds = time.perf_counter() - started
+            print(f"{hostile.name}: {'; '.join(said) or 'as it should'} ({seconds:.1f} s)")
+    print(f"{len(HOSTILE)} hostile submissions, {failures} complaints; {sorted(grader.layers)}")
+    return failures
+
+
+def running() -> str:
+    """The command lines of all processes."""
+    found = ""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found += path.read_bytes().decode("utf-8", "replace").replace("\0", " ") + "\n"
+        except OSError:
+            continue
+    return found
+
+
+def check_handout() -> int:
+    failures = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for number in (0, COUNT - 1):
+            out = Path(folder) / str(number)
+            make(out, list(PROBLEMS), variant(number))
+            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
+            quiet = {"cwd": out, "capture_output": True, "text": True}
+            empty = subprocess.run(command, **quiet).stdout.splitlines()[-1]
+            solved.write(out, solved.solution(variant(number)))
+            full = subprocess.run(command, **quiet).stdout.splitlines()[-1]
+            failures += "passed" in empty or "failed" in full
+            print(f"handout of variant {number}: {empty}; with the solution: {full}")
+    return failures
+
+
+CHECKS = {
+    "reference": check_reference,
+    "wrong": check_wrongs,
+    "hostile": check_hostile,
+    "handout": check_handout,
+    "variants": check_variants,
+}
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONDONTWRITEBYTECODE", "1")
+    sys.exit(sum(CHECKS[name]() for name in sys.argv[1:] or CHECKS) > 0)

@@ -1,0 +1,80 @@
+"""Answers where the taught code has none to give: what it leaves to the library, and NumPy.
+
+For instructors. A function's decorator says whose place it takes; the rest of the reference
+solution is the taught code itself.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+from dpo_minimal.llama import at_least_float32, rotate
+from dpo_minimal.nf4 import NF4_CODE, dequantize_absmax
+
+ANSWERS = []  # (variant's choice or None, file, qualified name, function)
+
+
+def answers(file: str, name: str, choice: str | None = None):
+    """Enter a function as the answer for a hole, for all variants or for those of one choice."""
+
+    def enter(function):
+        ANSWERS.append((choice, file, name, function))
+        return function
+
+    return enter
+
+
+@answers("dpo_minimal/llama.py", "Attention.forward")
+def attention(self, x, cos, sin, mask=None, cache=None):
+    B, T, _ = x.shape
+    q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, H, T, K]
+    k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, G, T, K]
+    v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    if cache is not None:
+        if cache:
+            k, v = torch.cat((cache["k"], k), dim=2), torch.cat((cache["v"], v), dim=2)
+        cache["k"], cache["v"] = k, v
+    k = k.repeat_interleave(self.group_size, dim=1)  # [B, H, T, K]
+    v = v.repeat_interleave(self.group_size, dim=1)
+    scores = q @ k.transpose(2, 3) / self.head_dim**0.5  # [B, H, T, all]
+    if mask is None:  # the new tokens are the last ones
+        mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - T)
+    y = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1) @ v
+    return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+@answers("by_hand.py", "logps_gradient")
+def logps_gradient(logits, targets):
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    gradient = -p
+    gradient[np.arange(len(targets)), targets] += 1
+    return gradient
+
+
+@answers("by_hand.py", "dpo_gradient")
+def dpo_gradient(pc, pr, rc, rr, beta, label_smoothing=0.0):
+    h = beta * ((pc - rc) - (pr - rr))
+    weight = 1 / (1 + np.exp(np.minimum(h, 700)))  # sigmoid(-h)
+    slope = -beta * (weight - label_smoothing) / len(h)
+    return slope, -slope
+
+
+@answers("dpo_minimal/loss.py", "chunk_logps")
+def chunk_logps(hidden, head, targets):
+    logits = head(hidden)
+    logits = logits.to(at_least_float32(logits))  # [N, V]
+    return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=1)
+
+
+@answers("dpo_minimal/nf4.py", "dequantize_nf4")
+def dequantize_nf4(quantized):
+    absmax = dequantize_absmax(quantized)  # [blocks]
+    nibbles = torch.stack((quantized.packed >> 4, quantized.packed & 15), dim=1).flatten()
+    n = math.prod(quantized.shape)
+    values = NF4_CODE.to(nibbles.device)[nibbles[:n].int()]
+    absmax = absmax.repeat_interleave(quantized.block_size)[:n]
+    values = values * absmax
+    return values.to(quantized.dtype).view(quantized.shape)

@@ -1,0 +1,80 @@
+"""Reference solutions as trees of files, and wrong ones. For instructors: imports the taught code.
+
+A submission is the taught code with functions replaced, as text, so that it is graded as a
+student's is.
+"""
+
+import ast
+import functools
+import inspect
+import sys
+from dataclasses import astuple
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import solutions.variants  # noqa: E402, F401
+from problems import PROBLEMS  # noqa: E402
+from solutions.standard import ANSWERS  # noqa: E402
+from source import body_of, distinctive, functions, replace_function, statements  # noqa: E402
+from variants import Variant  # noqa: E402
+
+
+def solution(v: Variant) -> dict[str, str]:
+    """The files that a perfect student hands in, {path: text}."""
+    return dict(cached_solution(v))
+
+
+@functools.cache
+def cached_solution(v: Variant) -> dict[str, str]:
+    """`solution`, made once for each variant."""
+    paths = {path for problem in PROBLEMS for path in problem.files}
+    files = {}
+    for path in sorted(paths):
+        taught = HERE.parent / path
+        place = taught if taught.exists() else HERE / "handout" / path
+        files[path] = place.read_text("utf-8")
+    order = sorted(ANSWERS, key=lambda answer: answer[0] is not None)
+    for choice, path, name, function in order:
+        if choice is None or choice in astuple(v):
+            files[path] = replace_function(files[path], name, inspect.getsource(function))
+    return files
+
+
+def write(folder: Path, files: dict[str, str]) -> Path:
+    """A submission in a folder."""
+    for path, text in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text, "utf-8")
+    return folder
+
+
+def own_statements() -> set[str]:
+    """The distinctive statements of the answers that the taught code does not have."""
+    nodes = [ast.parse(inspect.getsource(function)) for *_, function in ANSWERS]
+    found = statements(s for node in nodes for s in body_of(functions(node).popitem()[1]))
+    return {line for line in found if distinctive(line)}
+
+
+def spoiled(v: Variant, problem: str, changes) -> dict[str, str]:
+    """The reference solution with pieces of one problem's functions replaced.
+
+    changes: (function, old, new) each; LookupError if the old piece is not there.
+    """
+    files = solution(v)
+    for function, old, new in changes:
+        for path in next(p for p in PROBLEMS if p.name == problem).files:
+            if function in functions(ast.parse(files[path])):
+                files[path] = change_within(files[path], function, old, new)
+    return files
+
+
+def change_within(source: str, name: str, old: str, new: str) -> str:
+    """Replace a piece of one function's text."""
+    node = functions(ast.parse(source))[name]
+    lines = source.splitlines(keepends=True)
+    own = "".join(lines[node.lineno - 1 : node.end_lineno])
+    if old not in own:
+        raise LookupError(f"{name}: there is no {old!r} in the reference any more")
+    return "".join([*lines[: node.lineno - 1], own.replace(old, new), *lines[node.end_lineno :]])
