@@ -105,8 +105,6 @@ def test_an_empty_handout_scores_nothing_and_shows_no_answer(grader, tmp_path):
     rows = grader.grade(out)
     assert sum(row["score"] for row in rows) == 0
     assert {row["output"] for row in rows} == {"Not written yet."}
-        PROBLEMS
-    )
 
 
 @pytest.mark.parametrize("wrong", WRONG if EVERYTHING else SAMPLE, ids=lambda w: w.problem)
