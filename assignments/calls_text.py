@@ -58,6 +58,20 @@ class StandInBatch:
         self.x, self.y, self.count, self.num_tokens = x, y, len(y), 10 * len(y)
 
 
+class StandInOrder:
+    """Yields the given batches; `place` says how many were read, and may be set."""
+
+    def __init__(self, batches):
+        self.batches, self.place = batches, (0, 0)
+
+    def __iter__(self):
+        read = self.place[1]
+        while read < len(self.batches):
+            read += 1
+            self.place = 0, read
+            yield self.batches[read - 1]
+
+
 class StandInLog:
     """Keeps what is logged."""
 
@@ -84,7 +98,9 @@ def training(x, y, w, batches, steps, settings, resume_at=0, evaluates=False):
         losses = (model(batch.x)[:, 0] - batch.y) ** 2
         return losses, {"miss": losses.sqrt()}
 
-    loop.load_state = lambda *args, **named: {"step": resume_at, "num_tokens": 1000}
+    place = 0, resume_at * settings["grad_accum"]
+    progress = {"step": resume_at, "num_tokens": 1000, "place": place}
+    loop.load_state = lambda *args, **named: progress
     loop.save_state = lambda path, model, optimizer, **progress: saved.append(progress)
     state = Path("state.pt")
     if resume_at:
@@ -95,7 +111,9 @@ def training(x, y, w, batches, steps, settings, resume_at=0, evaluates=False):
         return StandInBatch(x[indices], y[indices])
 
     chosen = loop.Settings(**settings)
-    loop.train(model, objective, iter(batches), collate, steps, chosen, log, state, evaluate)
+    loop.train(
+        model, objective, StandInOrder(batches), collate, steps, chosen, log, state, evaluate
+    )
     trained = [row for row in log.rows if not row["prefix"]]
     names = ("loss", "miss", "grad_norm", "learning_rate", "num_tokens")
     columns = {name: torch.tensor([float(row[name]) for row in trained]) for name in names}
@@ -105,5 +123,6 @@ def training(x, y, w, batches, steps, settings, resume_at=0, evaluates=False):
         "steps": [row["step"] for row in trained],
         "evaluated at": [row["step"] for row in log.rows if row["prefix"] == "eval_"],
         "saved at": [progress.get("step") for progress in saved],
+        "saved places": [list(progress["place"]) for progress in saved],
         **columns,
     }

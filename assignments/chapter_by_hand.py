@@ -69,7 +69,7 @@ gradient of the SUM of log softmax(logits_n)[target_n] with respect to the logit
             1e-6,
         ),
         Check(
-            *("far out", 1, "dpo_gradient", hand_inputs(6, 300.0), expect_by_hand),
+            *("far out", 1, "dpo_gradient", hand_inputs(24, 300.0), expect_by_hand),
             "No overflow where delta is in the hundreds or thousands.",
             1e-6,
         ),

@@ -79,11 +79,11 @@ TOKENS = Problem(
     file="dpo_minimal/data.py",
     holes=("encode_example", "encode_pair"),
     more_holes={"dpo_minimal/batches.py": ("answer_rows",)},
-    text="""`encode_example`: tokenize `format_prompt(question)` with BOS, and prompt + space +
-answer jointly with BOS and EOS; what follows the prompt is the answer. If the joint ids do not
-begin with the prompt's, raise InputError. `encode_pair`: prompt, chosen, rejected, or None if the
-prompt with the longer answer has more than max_length tokens: nothing is cut. `answer_rows`:
-rows padded on the right with 0 (use `pad`), and the mask. {mask}""",
+    text="""`encode_example`: tokenize `format_prompt(question)` with BOS, and for each answer
+prompt + space + answer jointly with BOS and EOS; what follows the prompt is the answer. If the
+joint ids do not begin with the prompt's, raise InputError. `encode_pair`: prompt, chosen,
+rejected, or None if the prompt with the longer answer has more than max_length tokens: nothing is
+cut. `answer_rows`: rows padded on the right with 0 (use `pad`), and the mask. {mask}""",
     checks=(
         Check(
             *("hand value", 2, "encode", encode_inputs(), expect_encoded),
@@ -154,7 +154,7 @@ rows padded on the right with 0 (use `pad`), and the mask. {mask}""",
 def training_inputs(steps, accum=1, uneven=False, clip=1e9, decay=0.0, warmup=0, **extra):
     def draw(rng, v):
         x, y = rng.standard_normal((24, 3)), 3 * rng.standard_normal(24)
-        sizes = [1 + (t % 3) * 2 if uneven else 3 for t in range(steps * accum)]
+        sizes = [1 + (t % 3) * 2 if uneven else 3 for t in range(2 * steps * accum)]
         batches = [rng.choice(24, n, replace=False).tolist() for n in sizes]
         settings = {"learning_rate": 0.05, "batch_size": 3, "grad_accum": accum}
         settings |= {"warmup_steps": warmup, "weight_decay": decay, "max_grad_norm": clip}
@@ -181,15 +181,17 @@ TRAINING = Problem(
     file="dpo_minimal/loop.py",
     holes=("train",),
     text="""AdamW with `fused=True` and the weight decay of the settings over the trainable
-parameters. If `state_path` exists, `load_state(state_path, model, optimizer)` gives `step` and
-`num_tokens` to go on from: skip the grad_accum index lists of each step that was done.
-`log.rewind(first step)`. Each step: its
-`learning_rate(...)`; `grad_accum` batches; the sum of all losses over the sum of all counts
-(never a mean of means), clipped by norm; step; `log.write(step, loss=, learning_rate=,
-grad_norm= (before clipping), num_tokens= (of all steps), tokens_per_second=, and the mean of each
-metric over all examples of the step)`. With `save_every`, `save_state(state_path, model, optimizer,
-step=, num_tokens=)`. With `evaluate`, what `evaluate(model)` returns is logged with the prefix
-"eval_" before every `eval_every`-th step (if that is not 0) and after the last step (always).""",
+parameters. If `state_path` exists, `load_state(state_path, model, optimizer)` gives `step`,
+`num_tokens` and `place` to go on from: set `order.place` before you draw from `iter(order)`.
+`log.rewind(first step)`. Each step: its `learning_rate(...)`; `grad_accum` batches; the sum of all
+losses over the sum of all counts (never a mean of means), clipped by norm; step;
+`log.write(step, loss=, learning_rate=, grad_norm= (before clipping), num_tokens= (of all steps),
+tokens_per_second=, and the mean of each metric over all examples of the step)`. After every
+`save_every`-th step (if that is not 0), `keep()` if it is given and `save_state(state_path, model,
+optimizer, step=, num_tokens=, place=order.place)`. With `evaluate`, what `evaluate(model)` returns
+is logged with the prefix "eval_" before every `eval_every`-th step (if that is not 0; before step
+0 if `eval_at_start`) and after the last step (always). There is one process: you need nothing of
+`parallel`.""",
     checks=(
         Check(
             *("shape", 1, "training", training_inputs(3), expect_training("w", "steps")),
@@ -244,7 +246,7 @@ step=, num_tokens=)`. With `evaluate`, what `evaluate(model)` returns is logged 
                 2,
                 "training",
                 training_inputs(5, accum=2, resume_at=2, save_every=2),
-                expect_training("weights seen", "steps", "num_tokens", "saved at"),
+                expect_training("weights seen", "steps", "num_tokens", "saved at", "saved places"),
             ),
             "Goes on at step 2 with the batches that come then, counts on, saves after steps 2, 4.",
             1e-4,

@@ -166,7 +166,8 @@ def training(x, y, w, batches, steps, settings, resume_at=0, evaluates=False, bu
     s, each = settings, settings["grad_accum"]
     w, m, u = w.astype(np.float64), 0.0, 0.0
     first = 0 if bug == "starts again from step 0" else resume_at
-    used = 0 if bug == "batches read again" else first * each
+    used = 0 if bug == "batches read again" else resume_at * each
+    saved, places, save = [], [], s.get("save_every", 0)
     seen, kept, tokens = [], 0.0, 1000 if resume_at else 0
     rows = {n: [] for n in ("loss", "miss", "grad_norm", "learning_rate", "num_tokens")}
     for step in range(first, steps):
@@ -199,13 +200,16 @@ def training(x, y, w, batches, steps, settings, resume_at=0, evaluates=False, bu
         values = (np.concatenate(losses[last]).mean(), np.concatenate(errors[last]).mean())
         for name, value in zip(rows, (*values, norm, now, tokens), strict=True):
             rows[name].append(value)
-    every, save = s.get("eval_every", 0), s.get("save_every", 0)
+        if save and (step + 1) % save == 0:
+            saved, places = [*saved, step + 1], [*places, [0, used]]
+    every = s.get("eval_every", 0)
     evaluated = [t for t in range(first, steps) if every and t % every == 0] + [steps]
     return {
         "w": w,
         "weights seen": np.array(seen),
         "steps": list(range(first, steps)),
         "evaluated at": evaluated if evaluates else [],
-        "saved at": [t + 1 for t in range(first, steps) if save and (t + 1) % save == 0],
+        "saved at": saved,
+        "saved places": places,
         **{name: np.array(values) for name, values in rows.items()},
     }

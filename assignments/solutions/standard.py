@@ -5,11 +5,15 @@ solution is the taught code itself.
 """
 
 import math
+import time
+from collections import Counter
 
 import numpy as np
 import torch
 
+from dpo_minimal.checkpoint import load_state, save_state
 from dpo_minimal.llama import at_least_float32, rotate
+from dpo_minimal.loop import learning_rate
 from dpo_minimal.nf4 import NF4_CODE, dequantize_absmax
 
 ANSWERS = []  # (variant's choice or None, file, qualified name, function)
@@ -78,3 +82,50 @@ def dequantize_nf4(quantized):
     absmax = absmax.repeat_interleave(quantized.block_size)[:n]
     values = values * absmax
     return values.to(quantized.dtype).view(quantized.shape)
+
+
+@answers("dpo_minimal/loop.py", "train")
+def train(
+    model, objective, order, collate, steps, settings, log, state_path, evaluate=None, keep=None
+):
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=settings.weight_decay, fused=True)
+    first_step, num_tokens = 0, 0
+    if state_path.exists():
+        progress = load_state(state_path, model, optimizer)
+        first_step, num_tokens = progress["step"], progress["num_tokens"]
+        order.place = progress["place"]
+    log.rewind(first_step)
+    draw = iter(order)
+    model.train()
+    for step in range(first_step, steps):
+        due = settings.eval_every and step % settings.eval_every == 0
+        if evaluate and due and (step or settings.eval_at_start):
+            log.write(step, prefix="eval_", **evaluate(model))
+        started, rate = time.perf_counter(), learning_rate(step, steps, settings)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        batches = [collate(next(draw)) for _ in range(settings.grad_accum)]
+        count = sum(batch.count for batch in batches)
+        sums = Counter()
+        for batch in batches:
+            losses, metrics = objective(model, batch)
+            (losses.sum() / count).backward()
+            for name, values in {"loss": losses, **metrics}.items():
+                sums[name] += float(values.detach().sum())
+        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        tokens = sum(batch.num_tokens for batch in batches)
+        num_tokens += tokens
+        means = {name: value / count for name, value in sums.items()}
+        means |= {"grad_norm": float(norm), "learning_rate": rate, "num_tokens": num_tokens}
+        speed = tokens / (time.perf_counter() - started)
+        log.write(step, tokens_per_second=speed, **means)
+        if settings.save_every and (step + 1) % settings.save_every == 0:
+            if keep:
+                keep()
+            progress = {"step": step + 1, "num_tokens": num_tokens, "place": order.place}
+            save_state(state_path, model, optimizer, **progress)
+    if evaluate:
+        log.write(steps, prefix="eval_", **evaluate(model))
