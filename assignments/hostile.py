@@ -4,15 +4,7 @@ Each is the reference solution with a few lines put in: at the beginning of a fu
 file. `self_check.py` grades them all and looks at what they left behind.
 """
 
-import ast
-import textwrap
-from pathlib import Path
 from typing import NamedTuple
-
-from problems import PROBLEMS
-from solved import solution
-from source import body_of, functions
-from variants import Variant
 
 
 class Hostile(NamedTuple):
@@ -287,25 +279,3 @@ HOSTILE = [
         ("dpo_loss",),
     ),
 ]
-
-
-def hostile_files(hostile: Hostile, canary: Path) -> dict[str, str]:
-    """The reference solution with the hostile lines."""
-    files = solution(Variant())
-    code = textwrap.dedent(hostile.code).strip("\n")
-    if "{" in code:
-        code = code.format(canary=canary, grader=Path(__file__).resolve().parent)
-    lines = files[hostile.file].splitlines()
-    if hostile.function:
-        first = body_of(functions(ast.parse(files[hostile.file]))[hostile.function])[0]
-        at, code = first.lineno - 1, textwrap.indent(code, " " * first.col_offset)
-    else:
-        at = 0
-    files[hostile.file] = "\n".join([*lines[:at], code, *lines[at:]]) + "\n"
-    return files
-
-
-def touched(hostile: Hostile):
-    """The problems that share its file, and one that does not."""
-    own = [problem for problem in PROBLEMS if hostile.file in problem.files]
-    return [*own, next(p for p in PROBLEMS if p not in own and p.name in ("merge", "rotary"))]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import solved
 from grade import Grader
-from hostile import HOSTILE, hostile_files, touched
+from hostile import HOSTILE
 from make_handout import make
 from problems import PROBLEMS
 from variants import COUNT, Variant, variant
@@ -68,38 +68,42 @@ def check_wrongs() -> int:
 
 
 def check_hostile() -> int:
-    failures = 0
+    failures, layers = 0, set()
     with tempfile.TemporaryDirectory() as folder:
-        canary = Path(folder) / "canary"
         for hostile in HOSTILE:
-            canary.write_text("untouched")
-            canary.chmod(0o600)
-            before = canary.stat()
             started = time.perf_counter()
-            place = Path(folder) / hostile.name
-            solved.write(place, hostile_files(hostile, canary))
-            listing = sorted((p, p.stat().st_mtime_ns) for p in place.rglob("*"))
-            with Grader(Variant(), 5, touched(hostile)) as grader:
-                rows = grader.grade(place)
-                scratch = grader.folder
-            said = []
-            if lost(rows) != set(hostile.loses):
-                said.append(f"lost {lost(rows) or 'nothing'}")
-            after = canary.stat()
-            same = (before.st_mode, before.st_mtime_ns) == (after.st_mode, after.st_mtime_ns)
-            if canary.read_text() != "untouched" or not same or Path("/tmp/hostile").exists():
-                said.append("the canary was touched")
-            if listing != sorted((p, p.stat().st_mtime_ns) for p in place.rglob("*")):
-                said.append("the submission was changed")
-            if scratch.exists() or "4242" in running():
-                said.append("something was left behind")
-            if any("I CAN READ" in row["output"] for row in rows):
-                said.append("it reads the grader's files")
+            said, layers = grade_hostile(hostile, Path(folder))
             failures += bool(said)
             seconds = time.perf_counter() - started
             print(f"{hostile.name}: {'; '.join(said) or 'as it should'} ({seconds:.1f} s)")
-    print(f"{len(HOSTILE)} hostile submissions, {failures} complaints; {sorted(grader.layers)}")
+    print(f"{len(HOSTILE)} hostile submissions, {failures} complaints; {sorted(layers)}")
     return failures
+
+
+def grade_hostile(hostile, folder: Path):
+    """(what is amiss after grading it, the layers that confined it)."""
+    canary, place = folder / "canary", folder / hostile.name
+    canary.write_text("untouched")
+    canary.chmod(0o600)
+    solved.write(place, solved.hostile_files(hostile, canary))
+    before = traces(canary, place)
+    with Grader(Variant(), 5, solved.touched(hostile)) as grader:
+        rows = grader.grade(place)
+    amiss = {
+        f"lost {lost(rows) or 'nothing'}": lost(rows) != set(hostile.loses),
+        "something outside was touched": before != traces(canary, place),
+        "something was left behind": grader.folder.exists() or "sleep 4242" in running(),
+        "it reads the grader's files": any("I CAN READ" in row["output"] for row in rows),
+    }
+    return [text for text, true in amiss.items() if true], grader.layers
+
+
+def traces(canary: Path, place: Path) -> list:
+    """What a submission could have changed: the canary, its own files, the system's folders."""
+    status = canary.stat() if canary.exists() else None
+    own = sorted((p, p.stat().st_mtime_ns) for p in place.rglob("*"))
+    marks = [p for p in (Path("/tmp/hostile"), Path("/etc/hostile")) if p.exists()]
+    return [status and (status.st_mode, status.st_mtime_ns, canary.read_text()), own, marks]
 
 
 def running() -> str:

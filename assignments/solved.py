@@ -8,6 +8,7 @@ import ast
 import functools
 import inspect
 import sys
+import textwrap
 from dataclasses import astuple
 from pathlib import Path
 
@@ -78,3 +79,25 @@ def change_within(source: str, name: str, old: str, new: str) -> str:
     if old not in own:
         raise LookupError(f"{name}: there is no {old!r} in the reference any more")
     return "".join([*lines[: node.lineno - 1], own.replace(old, new), *lines[node.end_lineno :]])
+
+
+def hostile_files(hostile, canary: Path) -> dict[str, str]:
+    """The reference solution with the hostile lines."""
+    files = solution(Variant())
+    code = textwrap.dedent(hostile.code).strip("\n")
+    if "{" in code:
+        code = code.format(canary=canary, grader=HERE)
+    lines = files[hostile.file].splitlines()
+    if hostile.function:
+        first = body_of(functions(ast.parse(files[hostile.file]))[hostile.function])[0]
+        at, code = first.lineno - 1, textwrap.indent(code, " " * first.col_offset)
+    else:
+        at = 0
+    files[hostile.file] = "\n".join([*lines[:at], code, *lines[at:]]) + "\n"
+    return files
+
+
+def touched(hostile):
+    """The problems that share its file, and one that does not."""
+    own = [problem for problem in PROBLEMS if hostile.file in problem.files]
+    return [*own, next(p for p in PROBLEMS if p not in own and p.name in ("merge", "rotary"))]

@@ -169,14 +169,14 @@ def test_a_variant_asks_for_something_else_and_its_reference_gives_it(grader, ax
 
 
 def test_a_hostile_submission_loses_its_points_only(grader, tmp_path):
-    from hostile import HOSTILE, hostile_files, touched
+    from hostile import HOSTILE
 
     canary = tmp_path / "canary"
     canary.write_text("untouched")
     names = ("forks without end", "reads the grader's files", "writes everywhere", "leaves at once")
     for hostile in (h for h in HOSTILE if EVERYTHING or h.name in names):
-        place = solved.write(tmp_path / hostile.name, hostile_files(hostile, canary))
-        with asking(grader, Variant(), touched(hostile)):
+        place = solved.write(tmp_path / hostile.name, solved.hostile_files(hostile, canary))
+        with asking(grader, Variant(), solved.touched(hostile)):
             rows = grader.grade(place)
         if not {"files", "calls"} <= grader.layers:
             pytest.skip("this system confines nothing")
