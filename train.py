@@ -85,8 +85,7 @@ def main():
     if run.due("dpo"):
         load_adapter(model, run.out / "sft", "sft")  # what was saved is what goes on
         dpo(run, model, splits, pairs, held_out)
-    if not parallel.leave():
-        return
+    parallel.leave()
     if run.due("evaluate"):
         load_adapter(model, run.out / "sft", "sft")
         load_adapter(model, run.out / "dpo", "dpo")  # sft and dpo as one, as exported

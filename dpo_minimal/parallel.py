@@ -41,12 +41,15 @@ def wait():
         dist.barrier()
 
 
-def leave() -> bool:
-    """End what the processes do together. True for the one that goes on alone."""
+def leave():
+    """End what the processes do together: process 0 goes on alone, the others end here."""
+    if not dist.is_initialized():
+        return
     alone = first()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return alone
+    dist.destroy_process_group()
+    if not alone:
+        # At once: in an orderly end gloo's threads, if still at work, make the process abort.
+        os._exit(0)
 
 
 def share(rows: list) -> list:

@@ -41,7 +41,7 @@ def run(folder, model_folder, data, program):
         done = subprocess.run(
             list(map(str, words)), cwd=ROOT, env=environment, capture_output=True, text=True
         )
-        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.returncode == 0, done.stderr
         # One process speaks for all.
         assert done.stdout.count(" held out\n" if stage == "dpo" else " texts in ") == 1
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -65,5 +65,6 @@ def test_two_processes_take_the_steps_of_one(tmp_path, model_folder, data):
 
 def test_one_process_shares_with_nobody():
     assert parallel.share([3, 1, 2]) == [3, 1, 2] and parallel.total(5) == 5
-    assert parallel.first() and parallel.processes() == 1 and parallel.leave()
+    assert parallel.first() and parallel.processes() == 1
+    parallel.leave()  # and this process goes on
     assert parallel.start("cpu") == "cpu"
