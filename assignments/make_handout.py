@@ -175,7 +175,7 @@ def check(out: Path, problems: list[Problem], v: Variant) -> list[str]:
     """What is wrong with a handout; [] if it may go out."""
     import solved
 
-    answers = removed(problems) | solved.own_statements()
+    answers = removed(problems) | solved.own_statements(problems)
     complaints = [f"an answer survives in {place}" for place in survivors(out, answers)]
     complaints += [f"{path} is there" for path in out.rglob(".git")]
     with Grader(v, PUBLIC_SEED + 1, problems) as grader, tempfile.TemporaryDirectory() as folder:

@@ -100,7 +100,7 @@ def test_the_taught_code_passes_where_it_calls_nothing_that_is_refused(grader, t
 def test_an_empty_handout_scores_nothing_and_shows_no_answer(grader, tmp_path):
     out = tmp_path / "handout"
     make_handout.make(out, list(PROBLEMS), Variant())
-    answers = make_handout.removed(list(PROBLEMS)) | solved.own_statements()
+    answers = make_handout.removed(list(PROBLEMS)) | solved.own_statements(PROBLEMS)
     assert len(answers) > 100 and not make_handout.survivors(out, answers)
     rows = grader.grade(out)
     assert sum(row["score"] for row in rows) == 0
