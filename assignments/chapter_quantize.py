@@ -56,7 +56,7 @@ QUANTIZE = Problem(
     name="quantize",
     title="Quantize to 4 bits",
     file=FILE,
-    holes=("nearest", "scaled_blocks", "quantize_nf4"),
+    holes=("nearest", "scaled_blocks", "quantize_piece", "quantize_nf4"),
     text="""Blocks of `block_size` over the row-major weight in float32, the last one filled up;
 each divided by its largest magnitude (multiply by the reciprocal of absmax); the index of the
 nearest entry of NF4_CODE, a tie to the lower one (do not write the 16 values into your code: the

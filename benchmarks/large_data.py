@@ -75,6 +75,9 @@ def measure(args, folder: Path) -> dict:
         model = folder / "forum" / "base"
     stages, flags = {}, ["--model", model, "--data", data, "--out", folder / "run"]
     flags += ["--batch-size", 4, "--grad-accum", 1]
+    if args.held_out:
+        write_pairs(folder / "held_out.jsonl", args.held_out, args.bytes_per_answer)
+        flags += ["--eval-data", folder / "held_out.jsonl"]
     for stage in ("sft", "dpo"):
         more = ["--stage", stage, "--max-steps", args.max_steps, "--max-length", args.max_length]
         stages[stage] = watch(run(*flags, *more))
@@ -90,14 +93,16 @@ def main():
     parser.add_argument("--bytes-per-answer", type=int, default=1000)
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--max-steps", type=int, default=10)
+    held_out = "pairs in a file of their own; 0: 1,000 are held out, for long minutes at the end"
+    parser.add_argument("--held-out", type=int, default=32, help=held_out)
     parser.add_argument("--model", help="a model folder; without it a tiny one is made")
     parser.add_argument("--scratch", help="a folder with room for twice the data")
     parser.add_argument("--json", help="where the figures go")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=args.scratch))
     try:
-        settings = {name: getattr(args, name) for name in ("pairs", "bytes_per_answer")}
-        settings |= {name: getattr(args, name) for name in ("max_length", "max_steps")}
+        names = ("pairs", "bytes_per_answer", "max_length", "max_steps", "held_out")
+        settings = {name: getattr(args, name) for name in names}
         result = {"machine": machine_record(), "settings": settings, **measure(args, folder)}
     finally:
         shutil.rmtree(folder)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 ABSMAX_BLOCK = 256  # absmax values that share one scale in double quantization
-PIECE = 2**18  # weights that a CPU dequantizes at a time
+PIECE = 2**18  # weights that a CPU takes at a time: what lies between stays in its cache
 
 
 def linspace32(start: float, end: float, n: int) -> torch.Tensor:
@@ -68,9 +68,15 @@ DYNAMIC_CODE = dynamic_code()
 
 def nearest(values: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
     """The index of the nearest entry of an ascending code, uint8; halfway goes to the lower one."""
-    code = code.to(values.device)
     midpoints = (code[:-1] + code[1:]) / 2
-    return torch.bucketize(values, midpoints, out_int32=True).to(torch.uint8)
+    if len(code) > 16:
+        midpoints = midpoints.to(values.device)
+        return torch.bucketize(values, midpoints, out_int32=True).to(torch.uint8)
+    # Vector units compare 16 values at once, but search one by one.
+    index = torch.zeros_like(values, dtype=torch.uint8)
+    for midpoint in midpoints.tolist():
+        index += values > midpoint
+    return index
 
 
 def scaled_blocks(values: torch.Tensor, block_size: int):
@@ -104,11 +110,10 @@ class NF4Weight:
 
 def quantize_nf4(weight: torch.Tensor, block_size: int = 64, double_quant: bool = True):
     """Quantize a float tensor of any shape to an NF4Weight (QLoRA, eq. 1 and section 3)."""
-    values = weight.detach().to(torch.float32).flatten()  # exact; never through another 16-bit type
-    scaled, absmax = scaled_blocks(values, block_size)
-    codes = nearest(scaled, NF4_CODE).flatten()[: len(values)]  # uint8 [n]
-    codes = F.pad(codes, (0, len(codes) % 2))
-    packed = codes[0::2] << 4 | codes[1::2]  # [ceil(n/2)]
+    values = weight.detach().flatten()
+    piece = PIECE if values.device.type == "cpu" else len(values)
+    parts = [quantize_piece(part, block_size) for part in values.split(piece)]
+    packed, absmax = map(torch.cat, zip(*parts, strict=True))
     common = dict(packed=packed, shape=tuple(weight.shape), dtype=weight.dtype)
     if not double_quant:
         return NF4Weight(**common, block_size=block_size, absmax=absmax)
@@ -123,6 +128,15 @@ def quantize_nf4(weight: torch.Tensor, block_size: int = 64, double_quant: bool 
         absmax_scale=scale,
         absmax_offset=offset,
     )
+
+
+def quantize_piece(values: torch.Tensor, block_size: int):
+    """Some values [n] as (packed uint8 [ceil(n/2)], absmax float32 [blocks])."""
+    values = values.to(torch.float32)  # exact; never through another 16-bit type
+    scaled, absmax = scaled_blocks(values, block_size)
+    codes = nearest(scaled, NF4_CODE).flatten()[: len(values)]  # uint8 [n]
+    codes = F.pad(codes, (0, len(codes) % 2))
+    return codes[0::2] << 4 | codes[1::2], absmax
 
 
 def dequantize_absmax(quantized: NF4Weight) -> torch.Tensor:

@@ -1,0 +1,82 @@
+"""The beta sweep: how fast, how far, and what the policies write.
+
+    python figures/beta.py [--draw]
+
+The policies are those of closed_form.py, tuned alike but for beta.
+"""
+
+from dataclasses import asdict, replace
+
+import tuning as t
+import world as w
+from closed_form import BETAS, DPO
+from record import BLUE, GREEN, ORANGE, PURPLE, label, main
+
+COLOURS = dict(zip(BETAS, (ORANGE, GREEN, BLUE, PURPLE), strict=True))
+
+
+def compute() -> dict:
+    """What the training runs logged, where they ended, and answers that they gave."""
+    world = w.open_world()
+    data = {"settings": asdict(DPO), "questions": world.held_out[:4], "beta": {}}
+    reference = t.reference_table(world)
+    questions = w.asked(world)["held_out"]
+    ref, scores = w.stack(reference, questions), w.stack(world.scores, questions)
+    for beta in BETAS:
+        result = t.tune(world, replace(DPO, beta=beta))
+        data["beta"][beta] = {
+            "log_ratio_margins": [m / beta for m in smooth(result["rows"], "rewards/margins")],
+            "reward_margins": smooth(result["rows"], "rewards/margins"),
+            "loss": smooth(result["rows"], "loss"),
+            "held_out": result["held_out"],
+            "optimum": w.exact(w.optimum(ref, scores, beta), ref, scores),
+            "answers": result["samples"][:4],
+            "cpu_seconds": result["cpu_seconds"],
+        }
+    return data
+
+
+def smooth(rows, name: str, width: int = 15) -> list[float]:
+    """Means of a metric over each `width` steps: less noise, and a smaller file."""
+    values = [row[name] for row in rows]
+    starts = range(0, len(values) - width + 1, width)
+    return [sum(values[at : at + width]) / width for at in starts]
+
+
+def draw(data, plt):
+    """Margins over steps, in reward and in nats; where each policy ended, and its optimum."""
+    figure, (speed, nats, end) = plt.subplots(1, 3, figsize=(11, 3.7), layout="constrained")
+    for beta, run in data["beta"].items():
+        colour = COLOURS[float(beta)]
+        for axis, name in ((speed, "reward_margins"), (nats, "log_ratio_margins")):
+            steps = [15 * i + 7 for i in range(len(run[name]))]
+            axis.plot(steps, run[name], color=colour)
+            label(axis, steps[-1], run[name][-1], f"β = {float(beta):g}", colour, (4, -3))
+        found, best = run["held_out"], run["optimum"]
+        end.plot(
+            [best["kl"], found["kl"]],
+            [best["mass"] * best["score"], found["score"]],
+            ":",
+            color=colour,
+            linewidth=1,
+        )
+        end.plot(best["kl"], best["score"], "o", markerfacecolor="white", color=colour)
+        end.plot(found["kl"], found["score"], "o", color=colour)
+        label(end, found["kl"], found["score"], f"β = {float(beta):g}", colour, (8, -3))
+    speed.set(title="reward margin β·Δ", xlabel="step", ylabel="reward")
+    nats.set(title="log-ratio margin Δ", xlabel="step", ylabel="nats", yscale="log")
+    end.set(
+        title="new questions: tuned ●, optimum ○",
+        xlabel="KL to SFT, nats",
+        ylabel="expected true score",
+    )
+    for axis in (speed, nats):
+        axis.set_xlim(0, 140)
+    figure.suptitle(
+        "The smaller β, the farther the policy goes, and the farther still is its optimum"
+    )
+    return figure
+
+
+if __name__ == "__main__":
+    main("beta", __doc__, compute, draw)

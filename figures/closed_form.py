@@ -1,0 +1,129 @@
+"""DPO against the closed form: reward and KL, exact over the 15 answers of each question.
+
+    python figures/closed_form.py [--draw]
+
+The optimum at beta is pi* = pi_ref exp(r / beta) / Z over a question's 15 answers, pi_ref being
+SFT renormalized there and r the true score. Votes are Bradley-Terry with r, so pi* is also where
+DPO's expected loss is least. Beside DPO: IPO, SFT on chosen answers only, best of n.
+"""
+
+from dataclasses import asdict, replace
+
+import torch
+import tuning as t
+import world as w
+from record import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, label, main
+
+BETAS = (0.25, 0.5, 1.0, 2.0)
+CURVE = [0.1 * 1.25**i for i in range(28)]  # betas of the frontier's points
+DPO = t.Recipe()
+
+
+def recipes() -> dict[str, t.Recipe]:
+    """The policies that are trained, by name."""
+    found = {f"DPO {beta:g}": replace(DPO, beta=beta) for beta in BETAS}
+    found["DPO 1, every vote certain"] = replace(DPO, expected=True)
+    found["IPO 0.2"] = replace(DPO, loss="ipo", beta=0.2)
+    return found | {"SFT on chosen": replace(DPO, loss="chosen")}
+
+
+def best_of(n: int, ref_logps, scores) -> torch.Tensor:
+    """log-probabilities [Q, Y] of the best of n answers drawn from pi_ref; ties by a coin."""
+    ref = ref_logps.softmax(dim=1)
+    at_most = (ref[:, None] * (scores[:, None] <= scores[:, :, None])).sum(dim=2)  # [Q, Y]
+    below = (ref[:, None] * (scores[:, None] < scores[:, :, None])).sum(dim=2)
+    # P(the maximum has this score), shared among the answers of this score as pi_ref has it.
+    return ((at_most**n - below**n) * ref / (at_most - below)).clamp_min(1e-300).log()
+
+
+def point(logps, ref_logps, scores, beta=None) -> dict:
+    """A policy's score, KL, mass, share of the optimal gain; at a beta, the objective's share."""
+    found = w.exact(logps, ref_logps, scores)
+    if found["kl"] > 1e-6:
+        found["share_of_gain"] = w.share_of_gain(found, ref_logps, scores)
+    if beta:
+        start = w.exact(ref_logps, ref_logps, scores)["score"]
+        best = w.exact(w.optimum(ref_logps, scores, beta), ref_logps, scores)
+        found["optimum"] = best
+        reached = found["score"] - beta * found["kl"] - start
+        found["share_of_objective"] = reached / (best["score"] - beta * best["kl"] - start)
+    return found
+
+
+def compute() -> dict:
+    """Tune all policies; measure them and the closed forms on known and held-out questions."""
+    world = w.open_world()
+    tuned = {name: t.tune(world, recipe) for name, recipe in recipes().items()}
+    reference = t.reference_table(world)
+    seconds = {name: result["cpu_seconds"] for name, result in tuned.items()}
+    data = {"settings": asdict(DPO), "cpu_seconds": seconds}
+    for kind, questions in w.asked(world).items():
+        ref, scores = w.stack(reference, questions), w.stack(world.scores, questions)
+        data[kind] = closed_forms(ref, scores)
+        for name, result in tuned.items():
+            beta = result["recipe"]["beta"] if name.startswith("DPO") else None
+            logps = torch.tensor(result[f"{kind}_logps"], dtype=torch.float64)
+            data[kind][name] = point(logps, ref, scores, beta)
+    data["sampled"] = {name: result["held_out"] for name, result in tuned.items()}
+    return data
+
+
+def closed_forms(ref, scores) -> dict:
+    """What needs no training: the reference, the frontier, best of n, where the others lead."""
+    chosen = w.vote_weights(scores)[0].log()  # cross-entropy is least at the data's distribution
+    ipo = (ref + w.win_rates(scores).mean(dim=2) / 0.2).log_softmax(dim=1)
+    return {
+        "reference": point(ref, ref, scores),
+        "frontier": [
+            w.exact(w.optimum(ref, scores, beta), ref, scores) | {"beta": beta} for beta in CURVE
+        ],
+        "best of n": {n: point(best_of(n, ref, scores), ref, scores) for n in (2, 4, 8, 16)},
+        "optimum of SFT on chosen": point(chosen, ref, scores),
+        "optimum of IPO 0.2": point(ipo, ref, scores),
+    }
+
+
+def draw(data, plt):
+    """Score against KL: the frontier as a curve, everything else as points."""
+    figure, panels = plt.subplots(1, 2, figsize=(9.6, 4.3), sharey=True, layout="constrained")
+    for axis, kind in zip(panels, ("known", "held_out"), strict=True):
+        part = data[kind]
+        curve = [part["reference"] | {"kl": 0}, *reversed(part["frontier"])]
+        axis.plot([p["kl"] for p in curve], [p["score"] for p in curve], color=GREY, zorder=1)
+        axis.set_xlabel("KL to the reference, nats an answer")
+        axis.set_title({"known": "questions with votes", "held_out": "new questions"}[kind])
+        for name, group in groups(part).items():
+            x, y = [p["kl"] for p in group.values()], [p["score"] for p in group.values()]
+            axis.plot(x, y, LOOKS[name][1], color=LOOKS[name][0], markersize=6)
+            for text, p in group.items():
+                label(axis, p["kl"], p["score"], text, *LOOKS[name][::2])
+        axis.set_xlim(-0.3, 3.0)
+    panels[0].set_ylabel("expected true score")
+    share = data["held_out"]["DPO 1"]["share_of_gain"]
+    figure.suptitle(f"DPO at β = 1 gets {share:.0%} of the reward that its KL can buy (the curve)")
+    return figure
+
+
+# Of each group: colour, marker, where its labels stand.
+LOOKS = {
+    "DPO": (BLUE, "o", (7, -9)),
+    "variants": (SKY, "D", (-7, 3)),
+    "IPO": (ORANGE, "s", (7, -9)),
+    "best of": (GREEN, "^", (-6, 4)),
+    "SFT": (PURPLE, "v", (7, -9)),
+}
+
+
+def groups(part: dict) -> dict:
+    """The points of a panel, {group: {label: point}}."""
+    return {
+        "DPO": {f"DPO, β = {beta:g}": part[f"DPO {beta:g}"] for beta in BETAS},
+        "variants": {"β = 1, certain votes": part["DPO 1, every vote certain"]},
+        "IPO": {"IPO, β = 0.2": part["IPO 0.2"]},
+        "best of": {f"best of {n}": p for n, p in part["best of n"].items()},
+        "SFT": {"SFT on chosen": part["SFT on chosen"]},
+    }
+
+
+if __name__ == "__main__":
+    main("closed_form", __doc__, compute, draw)

@@ -1,0 +1,103 @@
+"""Label noise and cDPO: a share of the votes is turned around; does label smoothing help?
+
+    python figures/noise.py [--draw]
+
+Turning a share e of the votes makes q = (1 - e) p + e (1 - p) of the probability p that an answer
+wins, and smoothing with e does the same to whatever votes there are: both pull q towards 1/2, so
+both shorten the way to go. The optimum for any such q has no formula; it is found numerically.
+"""
+
+import torch
+import torch.nn.functional as F
+import tuning as t
+import world as w
+from record import BLUE, GREY, ORANGE, label, main
+
+NOISE = (0.0, 0.3)  # shares of wrong votes
+KINDS = {"DPO": 0.0, "cDPO": 0.3}  # label smoothing
+COLOURS = {"DPO": BLUE, "cDPO": ORANGE}
+
+
+def recipes() -> dict[str, t.Recipe]:
+    """The policies, by kind and share of wrong votes."""
+    return {
+        f"{kind}, {share:.0%} wrong": t.Recipe(flipped=share, label_smoothing=smoothing)
+        for kind, smoothing in KINDS.items()
+        for share in NOISE
+    }
+
+
+def softened(p, share: float):
+    """The probability that an answer wins after a share of the votes was turned around."""
+    return (1 - share) * p + share * (1 - p)
+
+
+def optimum_of_votes(ref_logps, wins, beta: float) -> torch.Tensor:
+    """log pi [Q, Y] that minimizes DPO's expected loss for votes [Q, Y, Y]: how often y wins."""
+    ref = ref_logps.log_softmax(dim=1)
+    rewards = torch.zeros_like(ref, requires_grad=True)  # beta (log pi - log ref) + constant
+    optimizer = torch.optim.LBFGS([rewards], max_iter=500, line_search_fn="strong_wolfe")
+
+    def expected_loss():
+        optimizer.zero_grad()
+        margins = rewards[:, :, None] - rewards[:, None, :]  # [Q, Y, Y]
+        loss = -(wins * F.logsigmoid(margins)).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(expected_loss)
+    return (ref + rewards.detach() / beta).log_softmax(dim=1)
+
+
+def compute() -> dict:
+    """Exact scores and KL of each policy and of its optimum, and the margins that training saw."""
+    world = w.open_world()
+    reference, data = t.reference_table(world), {}
+    for name, recipe in recipes().items():
+        result = t.tune(world, recipe)
+        run = {"settings": result["recipe"], "cpu_seconds": result["cpu_seconds"]}
+        last = result["rows"][-20:]
+        for metric in ("loss", "rewards/margins", "rewards/accuracies"):
+            run[metric] = sum(row[metric] for row in last) / len(last)
+        for part, questions in w.asked(world).items():
+            ref, scores = w.stack(reference, questions), w.stack(world.scores, questions)
+            logps = torch.tensor(result[f"{part}_logps"], dtype=torch.float64)
+            run[part] = w.exact(logps, ref, scores)
+            run[part]["share_of_gain"] = w.share_of_gain(run[part], ref, scores)
+            wins = softened(softened(w.win_rates(scores), recipe.flipped), recipe.label_smoothing)
+            best = optimum_of_votes(ref, wins, recipe.beta)
+            run[f"{part}_optimum"] = w.exact(best, ref, scores)
+            run[f"{part}_optimum"]["share_of_gain"] = w.share_of_gain(
+                run[f"{part}_optimum"], ref, scores
+            )
+        data[name] = run
+    ref, scores = (w.stack(table, questions) for table in (reference, world.scores))
+    data["frontier"] = [w.exact(w.optimum(ref, scores, b), ref, scores) for b in CURVE]
+    return data
+
+
+CURVE = [0.5 * 1.3**i for i in range(20)]
+
+
+def draw(data, plt):
+    """Score against KL on new questions: the frontier, the optima of the votes, the policies."""
+    figure, axis = plt.subplots(figsize=(6.6, 4.2), layout="constrained")
+    curve = list(reversed(data["frontier"]))
+    axis.plot([p["kl"] for p in curve], [p["score"] for p in curve], color=GREY, zorder=1)
+    for kind, colour in COLOURS.items():
+        for share in NOISE:
+            run = data[f"{kind}, {share:.0%} wrong"]
+            found, best = run["held_out"], run["held_out_optimum"]
+            x, y = zip(*((p["kl"], p["score"]) for p in (found, best)), strict=True)
+            axis.plot(x, y, ":", color=colour, linewidth=1)
+            axis.plot(x[0], y[0], "o", color=colour)
+            axis.plot(x[1], y[1], "o", color=colour, markerfacecolor="white")
+            label(axis, x[0], y[0], f"{kind}, {share:.0%} wrong votes", colour, (7, -11))
+    axis.set(xlabel="KL to SFT, nats an answer", ylabel="expected true score", xlim=(0.008, 2))
+    axis.set_xscale("log")
+    axis.set_title("Smoothing does not undo wrong votes (● tuned, ○ optimum)")
+    return figure
+
+
+if __name__ == "__main__":
+    main("noise", __doc__, compute, draw)

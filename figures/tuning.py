@@ -1,0 +1,266 @@
+"""One way to tune a policy on the forum's votes, by a recipe, and to measure what came of it.
+
+Every tuned policy's measurements are kept in runs/figures/tuned and used again, by all experiments:
+delete runs/figures after changing the code.
+"""
+
+import hashlib
+import json
+import math
+import random
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from record import rounded
+from world import RUN, World, answer_logps, asked, exact, run_stage, stack
+
+from dpo_minimal import forum
+from dpo_minimal.batches import collate_packed, collate_pairs, packed_batches, pair_batches
+from dpo_minimal.checkpoint import load_adapter, load_llama, save_llama
+from dpo_minimal.data import EncodedPair, encode_sft, load_splits
+from dpo_minimal.evaluate import judge_answers, kl_estimate
+from dpo_minimal.files import read_json, write_json
+from dpo_minimal.generate import sample_answers
+from dpo_minimal.loop import Log, Settings, count_steps, train
+from dpo_minimal.lora import add_adapter, lora_layers
+from dpo_minimal.loss import dpo_loss, preference_logps, reward_metrics
+from dpo_minimal.tokenizer import load_tokenizer
+from train import token_objective
+
+FULL_RATE = 5e-4  # learning rate where all weights are trained, a third of the adapters'
+LOGGED = (
+    *("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/margins"),
+    *("rewards/accuracies", "logps/chosen", "logps/rejected"),
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one policy is tuned, starting from SFT. All that its measurements depend on."""
+
+    loss: str = "sigmoid"  # dpo_loss's kinds, or "chosen": SFT on the chosen answers only
+    beta: float = 1.0
+    label_smoothing: float = 0.0
+    votes: int = 6  # for each of the 600 training questions
+    expected: bool = False  # each pair's expected loss, as if it had been voted on infinitely often
+    flipped: float = 0.0  # share of votes that are turned around afterwards
+    points_per_word: float = 0.0  # voters' taste for long answers, which the judge does not share
+    mean: bool = False  # log-probabilities per token, the mean instead of the sum
+    precision: str = "qlora"  # or "lora", "full"
+    learning_rate: float = 1.5e-3
+    batch_size: int = 32
+    epochs: float = 1.0
+    dropout: float = 0.05
+    eval_every: int = 0
+    sample_every: bool = False  # whether those evaluations also answer questions by sampling
+    seed: int = 0
+
+
+def draw_votes(world: World, recipe: Recipe) -> list[tuple[str, int, int]]:
+    """(question, winner, loser), answers by number; Bradley-Terry with what voters like."""
+    rng = random.Random(f"votes {recipe.seed}")
+    votes = []
+    for question in world.known * recipe.votes:
+        j, k = rng.sample(range(15), 2)
+        likes = voters_like(world, question, recipe)
+        if rng.random() > 1 / (1 + math.exp(likes[k] - likes[j])):
+            j, k = k, j
+        votes.append((question, k, j) if rng.random() < recipe.flipped else (question, j, k))
+    return votes
+
+
+def voters_like(world: World, question: str, recipe: Recipe) -> list[float]:
+    """The score by which voters choose, of each answer."""
+    scores = world.scores[question].tolist()
+    if not recipe.points_per_word:
+        return scores
+    words = [len(answer.split()) for answer in forum.candidates(question)]
+    return [s + recipe.points_per_word * w for s, w in zip(scores, words, strict=True)]
+
+
+def start_policy(recipe: Recipe):
+    """SFT's model, and a new adapter on it that is to be trained (or all weights, for "full")."""
+    quantize = "nf4" if recipe.precision == "qlora" else None
+    if recipe.precision == "full":
+        model = load_llama(full_sft(), quantize=None)
+        return model.requires_grad_(True)
+    folder = lora_sft() if recipe.precision == "lora" else RUN
+    model = load_llama(RUN / "base", quantize=quantize)
+    load_adapter(model, folder / "sft", "sft")
+    torch.manual_seed(recipe.seed)
+    add_adapter(model, "dpo", dropout=recipe.dropout, targets="all")
+    return model
+
+
+def lora_sft() -> Path:
+    """The folder of a run whose base is not quantized; its SFT is made if it is not there."""
+    folder = RUN / "lora"
+    if not (folder / "sft").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        for part in ("base", "data"):
+            shutil.copytree(RUN / part, folder / part)
+        run_stage("--stage", "sft", "--no-quantize", "--out", folder)
+    return folder
+
+
+def full_sft() -> Path:
+    """A model folder in float32: SFT of all weights, with the texts and steps of LoRA's SFT."""
+    folder = RUN / "full"
+    if not folder.exists():
+        model = load_llama(RUN / "base", quantize=None).requires_grad_(True)
+        texts = load_splits(RUN / "data", log=print).sft
+        examples = encode_sft(load_tokenizer(RUN / "base"), texts, 128)
+        settings = Settings(FULL_RATE, batch_size=8, epochs=3)
+        batches = packed_batches(examples, 128, settings.seed)
+        batches.batch_size = settings.batch_size
+        collate = partial(collate_packed, device="cpu")
+        run_loop(model, token_objective, batches, collate, settings, RUN / "full.jsonl")
+        save_llama(model, folder, torch.float32, tokenizer_from=RUN / "base")
+    return folder
+
+
+def reference_table(world: World, precision: str = "qlora") -> dict[str, torch.Tensor]:
+    """log pi_ref of all answers to all 720 questions, {question: float64 [Y]}; kept in a file."""
+    path = RUN / ("reference.pt" if precision == "qlora" else f"reference-{precision}.pt")
+    questions = [*world.known, *world.held_out]
+    if not path.exists():  # a new adapter changes nothing yet
+        model = start_policy(Recipe(precision=precision))
+        torch.save(answer_logps(model, world, questions), path)
+    return dict(zip(questions, torch.load(path, weights_only=True), strict=True))
+
+
+def make_objective(world: World, recipe: Recipe, votes, reference):
+    """objective(model, batch) for `loop.train`: the recipe's loss of each pair."""
+    options = dict(beta=recipe.beta, label_smoothing=recipe.label_smoothing)
+    options["kind"] = "sigmoid" if recipe.loss == "chosen" else recipe.loss
+    ref_logps = torch.tensor([[reference[q][y] for y in pair] for q, *pair in votes]).float()
+    lengths = torch.tensor([[len(world.tokens[q][1 + y]) for y in pair] for q, *pair in votes])
+    scores = torch.tensor([[world.scores[q][y] for y in pair] for q, *pair in votes])
+    certainty = torch.sigmoid(scores[:, 0] - scores[:, 1]).float()
+
+    def objective(model, batch):
+        policy = torch.stack(preference_logps(model, batch))  # [2, B]
+        ref = ref_logps[batch.indices].T
+        if recipe.mean:
+            policy, ref = policy / lengths[batch.indices].T, ref / lengths[batch.indices].T
+        losses, chosen, rejected = dpo_loss(*policy, *ref, **options)
+        if recipe.expected:
+            p, other = certainty[batch.indices], dpo_loss(*policy.flip(0), *ref.flip(0), **options)
+            losses = p * losses + (1 - p) * other[0]
+        elif recipe.loss == "chosen":
+            losses = -policy[0]
+        return losses, reward_metrics(*policy, chosen, rejected)
+
+    return objective
+
+
+def tune(world: World, recipe: Recipe) -> dict:
+    """Tune a policy and measure it; or what is known of it already.
+
+    {"rows": the training log, "course": exact measurements on 20 questions of each kind every
+    eval_every steps, "known" and "held_out": those on 60 at the end, with what its samples say,
+    "known_logps", "held_out_logps": log pi of the answers, "cpu_seconds"}.
+    """
+    name = hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]
+    path = RUN / "tuned" / f"{name}.json"
+    if not path.exists():
+        started = time.process_time()
+        result = {"recipe": asdict(recipe)} | train_and_measure(world, recipe, path)
+        write_json(path, result | {"cpu_seconds": time.process_time() - started})
+    return read_json(path)
+
+
+def train_and_measure(world: World, recipe: Recipe, path: Path) -> dict:
+    """See `tune`."""
+    model = start_policy(recipe)
+    reference = reference_table(world, recipe.precision)
+    votes = draw_votes(world, recipe)
+    pairs = [
+        EncodedPair(world.tokens[q][0], *(world.tokens[q][1 + y] for y in ys)) for q, *ys in votes
+    ]
+    settings = Settings(
+        recipe.learning_rate,
+        recipe.batch_size,
+        epochs=recipe.epochs,
+        eval_every=recipe.eval_every,
+        seed=recipe.seed,
+    )
+    batches = pair_batches(pairs, settings.batch_size, settings.seed)
+    log_path = path.with_suffix(".jsonl")
+    objective = make_objective(world, recipe, votes, reference)
+    evaluate = partial(measure_course, world=world, recipe=recipe, reference=reference)
+    collate = partial(collate_pairs, device="cpu")
+    run_loop(model, objective, batches, collate, settings, log_path, evaluate)
+    return read_log(log_path) | measure_all(model, world, reference)
+
+
+def run_loop(model, objective, batches, collate, settings, log_path: Path, evaluate=None):
+    """`loop.train` with a log of its own, from the beginning, and no saved states."""
+    log_path.parent.mkdir(exist_ok=True)
+    log_path.unlink(missing_ok=True)
+    steps = count_steps(settings, batches.num_batches())
+    log, no_state = Log(log_path, "dpo", steps), log_path.with_suffix(".pt")
+    evaluate = evaluate if settings.eval_every else None
+    train(model, objective, batches, collate, steps, settings, log, no_state, evaluate)
+
+
+def measure_course(model, world: World, recipe: Recipe, reference) -> dict[str, float]:
+    """What is measured during training: {"known/score": ...}, on 20 questions of each kind."""
+    found = {}
+    for kind, questions in asked(world).items():
+        values = measure(model, world, questions[:20], reference)[0]
+        if recipe.sample_every and kind == "held_out":
+            values |= measure_samples(model, world, questions)[0]
+        found |= {f"{kind}/{name}": value for name, value in values.items()}
+    return found
+
+
+def measure(model, world: World, questions, reference) -> tuple[dict, torch.Tensor]:
+    """`exact` for these questions, and the log-probabilities [Q, Y] that it is made of."""
+    logps = answer_logps(model, world, questions)
+    ref_logps = stack(reference, questions)
+    return exact(logps, ref_logps, stack(world.scores, questions)), logps
+
+
+def measure_all(model, world: World, reference) -> dict:
+    """The measurements at the end of tuning; held-out questions are answered by samples as well."""
+    result = {}
+    for kind, questions in asked(world).items():
+        result[kind], logps = measure(model, world, questions, reference)
+        result[f"{kind}_logps"] = rounded(logps.tolist())
+    sampled, texts = measure_samples(model, world, asked(world)["held_out"])
+    result["held_out"] |= sampled
+    return result | {"samples": texts[:8]}
+
+
+def measure_samples(model, world: World, questions) -> tuple[dict, list[str]]:
+    """What the judge says of sampled answers, their KL (a full-text estimate), and the answers."""
+    ids = sample_answers(model, world.tokenizer, questions, 64, seed=0)
+    prompts = [world.tokens[question][0] for question in questions]
+    training = model.training
+    model.eval()
+    found = {}
+    if lora_layers(model):
+        found["kl"] = kl_estimate(model, ["sft"], prompts, ids, "cpu")
+    model.train(training)
+    texts = [world.tokenizer.decode(answer).strip() for answer in ids]
+    found |= judge_answers(questions, texts)
+    found["words"] = sum(len(text.split()) for text in texts) / len(texts)
+    return {f"sampled_{name}": value for name, value in found.items()}, texts
+
+
+def read_log(path: Path) -> dict:
+    """The training log of `loop.train` as {"rows": [...], "course": [...]}, with short names."""
+    rows, course = [], []
+    for line in path.read_text("utf-8").splitlines():
+        row = json.loads(line)
+        found = {name.removeprefix("eval_"): value for name, value in row.items()}
+        if found.keys() == row.keys():
+            rows.append({name: row[name] for name in ("step", *LOGGED)})
+        else:
+            course.append(found)
+    return {"rows": rows, "course": course}
