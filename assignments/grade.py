@@ -16,14 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from arrays import LARGEST, pack, unpack
-from ladder import Check, Problem, agree, right_shapes
+from ladder import Check, Problem, agree, draw, right_shapes
 from problems import NUMBERS, PROBLEMS, chosen
 from source import guard_imports, replace_bodies
 from variants import Variant, variant
@@ -180,16 +179,6 @@ def read_result(path: Path) -> dict | None:
         with suppress(ValueError, OSError, MemoryError):
             return unpack(opened.read(LARGEST)) or None
     return {"error": "what came back cannot be read"}
-
-
-def draw(problem: Problem, v: Variant, seed: int) -> dict[str, dict]:
-    """The inputs of every check from the seed; the first rung has two draws."""
-    inputs = {}
-    for check in problem.checks:
-        for name in (check.rung, f"{check.rung} again")[: 1 + (check.rung == "shape")]:
-            words = zlib.crc32(f"{problem.name}, {name}".encode())
-            inputs[name] = check.inputs(np.random.default_rng([seed, words]), v)
-    return inputs
 
 
 def judge(problem: Problem, check: Check, inputs, got: dict, again: dict, v: Variant) -> str | None:

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from arrays import pack
-from grade import HERE, PACKAGE, Grader, cut, draw, report
-from ladder import Problem
+from grade import HERE, PACKAGE, Grader, cut, report
+from ladder import Problem, draw
 from problems import NUMBERS, chosen, text_of
 from source import body_of, distinctive, functions, statements
 from variants import Variant, variant

@@ -123,7 +123,7 @@ def test_every_problem_has_at_least_five_wrong_solutions():
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
 def test_zeros_and_the_answer_to_another_draw_reach_no_rung(problem):
-    inputs, others = (grade.draw(problem, Variant(), seed) for seed in (3, 4))
+    inputs, others = (ladder.draw(problem, Variant(), seed) for seed in (3, 4))
     for check in problem.checks:
         with np.errstate(all="ignore"):
             expected = check.expect(inputs[check.rung], Variant())
