@@ -16,14 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from arrays import LARGEST, pack, unpack
-from ladder import Check, Problem, agree, right_shapes
+from ladder import Check, Problem, agree, draw, right_shapes
 from problems import NUMBERS, PROBLEMS, chosen
 from source import guard_imports, replace_bodies
 from variants import Variant, variant
@@ -32,6 +31,7 @@ HERE = Path(__file__).resolve().parent
 PACKAGE = HERE.parent  # the taught code, or an already cut copy of it
 MEMORY = 2**30  # bytes that a child may take beyond what torch itself has mapped
 LARGEST_FILE = 2**20
+SWITCHES = ("DisableTorchFunction", "_python_dispatch", "torch.overrides")  # around a refusal
 AGAIN = 5  # seconds for the rest of a problem after a check that hung
 
 
@@ -105,15 +105,21 @@ class Grader:
         inputs = draw(problem, self.v, self.seed)
         results = {} if len(missing) == len(own) else self.run(problem, files, inputs)
         rows = []
+        tricks = [
+            word
+            for word in SWITCHES
+            if problem.banned and word in "".join(filter(None, own.values()))
+        ]
         for check in problem.checks:
             got, again = results.get(check.rung, {}), results.get(f"{check.rung} again", {})
             if len(missing) == len(own):
                 got = {"error": f"{missing[0]} was not handed in"}
+            if tricks:
+                got = {"error": f"{tricks[0]} has no place in a submission"}
             output = judge(problem, check, inputs[check.rung], got, again, self.v)
-            score = check.points if output is None else 0
-            row = {"problem": problem.name, "rung": check.rung, "score": score}
-            output = output or "Right."
-            rows.append(row | {"max": check.points, "output": output, "visible": check.visible})
+            row = {"problem": problem.name, "rung": check.rung, "max": check.points}
+            row |= {"score": 0 if output else check.points, "visible": check.visible}
+            rows.append(row | {"output": output or "Right."})
         return rows
 
     def run(self, problem: Problem, files: dict[str, str], inputs: dict) -> dict[str, dict]:
@@ -173,16 +179,6 @@ def read_result(path: Path) -> dict | None:
         with suppress(ValueError, OSError, MemoryError):
             return unpack(opened.read(LARGEST)) or None
     return {"error": "what came back cannot be read"}
-
-
-def draw(problem: Problem, v: Variant, seed: int) -> dict[str, dict]:
-    """The inputs of every check from the seed; the first rung has two draws."""
-    inputs = {}
-    for check in problem.checks:
-        for name in (check.rung, f"{check.rung} again")[: 1 + (check.rung == "shape")]:
-            words = zlib.crc32(f"{problem.name}, {name}".encode())
-            inputs[name] = check.inputs(np.random.default_rng([seed, words]), v)
-    return inputs
 
 
 def judge(problem: Problem, check: Check, inputs, got: dict, again: dict, v: Variant) -> str | None:
@@ -250,14 +246,16 @@ def results_of(rows: list[dict], hold_back=(), seconds=0.0, note="") -> dict:
 def report(rows: list[dict]) -> str:
     """The rungs as text, problem by problem."""
     lines, titles = [], {problem.name: problem.title for problem in PROBLEMS}
+
+    def total(rows):
+        return f"{sum(r['score'] for r in rows):g}/{sum(r['max'] for r in rows):g}"
+
     for name in dict.fromkeys(row["problem"] for row in rows):
         own = [row for row in rows if row["problem"] == name]
-        total = f"{sum(r['score'] for r in own):g}/{sum(r['max'] for r in own):g}"
-        lines.append(f"{NUMBERS.get(name, 'Open')}. {titles.get(name, name)}: {total}")
+        lines.append(f"{NUMBERS.get(name, 'Open')}. {titles.get(name, name)}: {total(own)}")
         failed = [row for row in own if row["score"] < row["max"]]
         lines += [f"   {row['rung']} ({row['max']:g}): {row['output']}" for row in failed]
-    total = f"{sum(r['score'] for r in rows):g}/{sum(r['max'] for r in rows):g}"
-    return "\n".join([*lines, f"total {total}"])
+    return "\n".join([*lines, f"total {total(rows)}"])
 
 
 def main():

@@ -202,6 +202,16 @@ HOSTILE = [
         ("rmsnorm",),
     ),
     Hostile(
+        "switches the refusal off",
+        LLAMA,
+        NORM,
+        """
+        with torch._C.DisableTorchFunction():
+            return torch.ops.aten.rms_norm.default(x, x.shape[-1:], self.weight, self.eps)
+        """,
+        ("rmsnorm", "attention"),
+    ),
+    Hostile(
         "calls the library by another name",
         LLAMA,
         "Attention.forward",

@@ -1,5 +1,6 @@
 """What a problem is: data for the handout and for the grader, and how answers are compared."""
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,6 +54,16 @@ class Problem:
     def files(self) -> dict[str, tuple[str, ...]]:
         """All its holes by file."""
         return {self.file: self.holes} | self.more_holes
+
+
+def draw(problem: Problem, v, seed: int) -> dict[str, dict]:
+    """The inputs of every check from the seed; the first rung has two draws."""
+    inputs = {}
+    for check in problem.checks:
+        for name in (check.rung, f"{check.rung} again")[: 1 + (check.rung == "shape")]:
+            words = zlib.crc32(f"{problem.name}, {name}".encode())
+            inputs[name] = check.inputs(np.random.default_rng([seed, words]), v)
+    return inputs
 
 
 def agree(got: dict, expected: dict, tolerance: float) -> str | None:

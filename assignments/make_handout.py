@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from arrays import pack
-from grade import HERE, PACKAGE, Grader, cut, draw, report
-from ladder import Problem
+from grade import HERE, PACKAGE, Grader, cut, report
+from ladder import Problem, draw
 from problems import NUMBERS, chosen, text_of
 from source import body_of, distinctive, functions, statements
 from variants import Variant, variant
@@ -175,7 +175,7 @@ def check(out: Path, problems: list[Problem], v: Variant) -> list[str]:
     """What is wrong with a handout; [] if it may go out."""
     import solved
 
-    answers = removed(problems) | solved.own_statements()
+    answers = removed(problems) | solved.own_statements(problems)
     complaints = [f"an answer survives in {place}" for place in survivors(out, answers)]
     complaints += [f"{path} is there" for path in out.rglob(".git")]
     with Grader(v, PUBLIC_SEED + 1, problems) as grader, tempfile.TemporaryDirectory() as folder:

@@ -30,6 +30,7 @@ def grade(submission: Path, folder: Path, seed: int) -> list[dict]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
     except (subprocess.SubprocessError, ValueError, IndexError) as error:
+        print(getattr(error, "stderr", error))  # students do not see the grader's output
         return [row(0, f"The adapter could not be used ({type(error).__name__}).")]
     return [row(points(**found), "True score {true_score:+.2f}, KL {kl:.2f}.".format(**found))]
 

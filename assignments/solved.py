@@ -51,9 +51,11 @@ def write(folder: Path, files: dict[str, str]) -> Path:
     return folder
 
 
-def own_statements() -> set[str]:
-    """The distinctive statements of the answers that the taught code does not have."""
-    nodes = [ast.parse(inspect.getsource(function)) for *_, function in ANSWERS]
+def own_statements(problems) -> set[str]:
+    """The distinctive statements of the answers to these problems that the taught code lacks."""
+    holes = {(path, hole) for p in problems for path, own in p.files.items() for hole in own}
+    chosen = [function for _, path, name, function in ANSWERS if (path, name) in holes]
+    nodes = [ast.parse(inspect.getsource(function)) for function in chosen]
     found = statements(s for node in nodes for s in body_of(functions(node).popitem()[1]))
     return {line for line in found if distinctive(line)}
 

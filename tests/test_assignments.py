@@ -100,7 +100,7 @@ def test_the_taught_code_passes_where_it_calls_nothing_that_is_refused(grader, t
 def test_an_empty_handout_scores_nothing_and_shows_no_answer(grader, tmp_path):
     out = tmp_path / "handout"
     make_handout.make(out, list(PROBLEMS), Variant())
-    answers = make_handout.removed(list(PROBLEMS)) | solved.own_statements()
+    answers = make_handout.removed(list(PROBLEMS)) | solved.own_statements(PROBLEMS)
     assert len(answers) > 100 and not make_handout.survivors(out, answers)
     rows = grader.grade(out)
     assert sum(row["score"] for row in rows) == 0
@@ -123,7 +123,7 @@ def test_every_problem_has_at_least_five_wrong_solutions():
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
 def test_zeros_and_the_answer_to_another_draw_reach_no_rung(problem):
-    inputs, others = (grade.draw(problem, Variant(), seed) for seed in (3, 4))
+    inputs, others = (ladder.draw(problem, Variant(), seed) for seed in (3, 4))
     for check in problem.checks:
         with np.errstate(all="ignore"):
             expected = check.expect(inputs[check.rung], Variant())
