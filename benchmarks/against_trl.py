@@ -22,12 +22,15 @@ ours and trl-best agree to four digits; in bfloat16 rounding moves single steps'
   trl-compile  trl-best with TRL's own torch_compile, which compiles anew for each length of rows
   trl-default  DPOTrainer(model, quantization_config, peft_config) with TRL's defaults: weights that
                are not quantized in float32, adapters in bfloat16, autocast to bfloat16, and a
-               reference pass in each step. (BitsAndBytesConfig's own defaults, FP4 and float32,
-               are not used: a user asks for NF4 and bfloat16.)
+               reference pass in each step, and gradient checkpointing whatever the flag here says.
+               (BitsAndBytesConfig's own defaults, FP4 and float32, are not used: a user asks for
+               NF4 and bfloat16.)
 
 Not used on either side: kernels that have to be installed apart (Liger's, the hub's), except flash
 attention. TRL's padding_free does nothing in this release. Gradient checkpointing is on by default,
-as it is in both. On a CPU nothing else should run: threads that wait for each other share badly.
+as it is in both; --no-gradient-checkpointing is for ours and trl-best alike. On a CPU nothing else
+should run: threads that wait for each other share badly. A process that compiles holds the compiler
+as well, some 130 MB.
 """
 
 import argparse
@@ -235,14 +238,15 @@ def run_ours(folder, pairs, order, args, scratch) -> dict:
     start_adapter(model)
     load_peak = peak_memory(args.device)
     reset_peak(args.device)
-    started = time.perf_counter()
-    with active_adapters(model, []):
-        reference = pair_logps(model, pairs, order, args.device)  # on the CPU: it has waited
-    reference_seconds = time.perf_counter() - started
-    model.gradient_checkpointing = args.gradient_checkpointing
     if args.side == "ours-compile":
         for block in model.model.layers:
             block.compile()
+    with active_adapters(model, []):
+        pair_logps(model, pairs, order[:2], args.device)  # compiles, where it does
+        started = time.perf_counter()
+        reference = pair_logps(model, pairs, order, args.device)  # on the CPU: it has waited
+    reference_seconds = time.perf_counter() - started
+    model.gradient_checkpointing = args.gradient_checkpointing
     settings = make_settings(args)
     steps = args.warmup + args.steps
     clock = Clock(scratch / "metrics.jsonl", "dpo", steps)
@@ -334,7 +338,6 @@ def trl_settings(args) -> dict:
         "learning_rate": settings.learning_rate,
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
-        "gradient_checkpointing": args.gradient_checkpointing,
         "max_length": args.length,
         "logging_steps": 1,
         "save_strategy": "no",
@@ -347,6 +350,7 @@ def trl_settings(args) -> dict:
         return common | {"bf16": args.dtype == "bfloat16"}
     return common | {
         "bf16": False,  # no autocast: the model is in --dtype as a whole
+        "gradient_checkpointing": args.gradient_checkpointing,
         "precompute_ref_log_probs": True,
         "optim": "adamw_torch_fused",
         "torch_compile": args.side == "trl-compile",

@@ -1,16 +1,23 @@
-"""Too long, too hot: the loss and the held-out rewards improve while the judge's scores collapse.
+"""Too hot, too long: training looks better and better while the judge's scores fall.
 
     python figures/overoptimization.py [--draw]
 
-The hot run has beta 0.1 and twice the learning rate; the healthy one is that of closed_form.py.
+Hot: beta 0.1 and twice the learning rate, one epoch. Long: beta 1 as in the healthy run, which is
+that of closed_form.py, but eight epochs over the same votes.
 """
+
+from dataclasses import replace
 
 import tuning as t
 import world as w
 from record import BLUE, GREY, RED, label, main
 
-HOT = t.Recipe(beta=0.1, learning_rate=3e-3, eval_every=19, sample_every=True)
 HEALTHY = t.Recipe()
+RUNS = {
+    "hot": t.Recipe(beta=0.1, learning_rate=3e-3, eval_every=19, sample_every=True),
+    "long": replace(HEALTHY, epochs=8.0, eval_every=113, sample_every=True),
+}
+TITLES = {"hot": "β = 0.1, twice the rate", "long": "β = 1, eight epochs"}
 PANELS = {
     "rewards/accuracies": "training: pairs ranked right",
     "held_out/sampled_true_score": "true score of sampled answers",
@@ -20,40 +27,51 @@ PANELS = {
 
 
 def compute() -> dict:
-    """The course of the hot run: what training sees, and what the judge sees."""
+    """The course of each run: what training sees, and what the judge sees."""
     world = w.open_world()
-    result, healthy = t.tune(world, HOT), t.tune(world, HEALTHY)
-    course = [{n: p[n] for n in p if n == "step" or "/" in n} for p in result["course"]]
-    for point in course:
-        # What training saw in the 20 steps around each evaluation.
-        near = [row for row in result["rows"] if abs(row["step"] - point["step"]) <= 10]
-        for metric in ("loss", "rewards/accuracies", "rewards/margins"):
-            point[metric] = sum(row[metric] for row in near) / len(near)
-    return {
-        "settings": result["recipe"],
-        "cpu_seconds": result["cpu_seconds"],
-        "course": course,
-        "end": result["held_out"],
-        "healthy_end": healthy["held_out"],
-        "questions": world.held_out[:4],
-        "answers": result["samples"][:4],
-        "healthy_answers": healthy["samples"][:4],
+    healthy = t.tune(world, HEALTHY)
+    data = {"questions": world.held_out[:4], "healthy_answers": healthy["samples"][:4]}
+    data["healthy_end"] = healthy["held_out"]
+    for name, recipe in RUNS.items():
+        result = t.tune(world, recipe)
+        data[name] = {
+            "settings": result["recipe"],
+            "cpu_seconds": result["cpu_seconds"],
+            "course": [with_training(point, result["rows"]) for point in result["course"]],
+            "end": result["held_out"],
+            "answers": result["samples"][:4],
+        }
+    return data
+
+
+def with_training(point: dict, rows: list[dict]) -> dict:
+    """What the judge saw at a step, and what training saw in the 20 steps around it."""
+    near = [row for row in rows if abs(row["step"] - point["step"]) <= 10]
+    means = {
+        metric: sum(row[metric] for row in near) / len(near)
+        for metric in ("loss", "rewards/accuracies", "rewards/margins")
     }
+    return {n: point[n] for n in point if n == "step" or "/" in n} | means
 
 
 def draw(data, plt):
-    """Four panels over the same steps, and where the healthy run ended."""
-    figure, axes = plt.subplots(1, 4, figsize=(12, 3.2), layout="constrained")
-    steps = [point["step"] for point in data["course"]]
-    for axis, (metric, title) in zip(axes, PANELS.items(), strict=True):
-        axis.plot(steps, [point[metric] for point in data["course"]], "o-", color=RED, markersize=4)
-        end = data["healthy_end"].get(metric.removeprefix("held_out/"))
-        if end is not None:
-            axis.plot(steps[-1], end, "D", color=BLUE)
-            label(axis, steps[-1], end, "β = 1", BLUE, (-7, -3))
-        axis.set(title=title, xlabel="step", xlim=(-4, 120))
-        axis.axhline(0, color=GREY, linewidth=0.8)
-    figure.suptitle("Too hot (β = 0.1, twice the rate): training looks fine, the answers do not")
+    """A row for each run: four panels over its steps, and where the healthy run ended."""
+    figure, grid = plt.subplots(2, 4, figsize=(12, 6), sharey="col", layout="constrained")
+    for axes, run in zip(grid, RUNS, strict=True):
+        course = data[run]["course"]
+        steps = [point["step"] for point in course]
+        for axis, (metric, title) in zip(axes, PANELS.items(), strict=True):
+            axis.plot(steps, [point[metric] for point in course], "o-", color=RED, markersize=4)
+            end = data["healthy_end"].get(metric.removeprefix("held_out/"))
+            if end is not None:
+                axis.plot(steps[-1], end, "D", color=BLUE)
+                label(axis, steps[-1], end, "healthy", BLUE, (-7, -3))
+            axis.set(xlabel="step", xlim=(-0.04 * steps[-1], 1.07 * steps[-1]))
+            axis.axhline(0, color=GREY, linewidth=0.8)
+            if run == "hot":
+                axis.set_title(title)
+        axes[0].set_ylabel(TITLES[run])
+    figure.suptitle("Too hot, too long: training looks fine, the answers do not")
     return figure
 
 
