@@ -8,9 +8,11 @@ from ladder import Check, Problem, only
 from oracle import gradients
 
 
-def hand_inputs(n, size=1.0):
+def hand_inputs(n, size=1.0, smoothing=0.0):
     def draw(rng, v):
         i = dpo_inputs(n, size, "float64")(rng, v)
+        if smoothing and v.loss != "ipo":
+            i["label_smoothing"] = smoothing
         return {name: i[name] for name in i if name not in ("dtype", "kind")}
 
     return draw
@@ -64,8 +66,8 @@ gradient of the SUM of log softmax(logits_n)[target_n] with respect to the logit
             1e-6,
         ),
         Check(
-            *("gradient", 2, "dpo_gradient", hand_inputs(6), expect_by_hand),
-            "Finite differences of the mean loss, each pair with its share of 1/B.",
+            *("gradient", 2, "dpo_gradient", hand_inputs(6, smoothing=0.2), expect_by_hand),
+            "Finite differences of the mean loss, each pair with its share of 1/B, and smoothed.",
             1e-6,
         ),
         Check(

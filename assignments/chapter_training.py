@@ -188,10 +188,10 @@ losses over the sum of all counts (never a mean of means), clipped by norm; step
 `log.write(step, loss=, learning_rate=, grad_norm= (before clipping), num_tokens= (of all steps),
 tokens_per_second=, and the mean of each metric over all examples of the step)`. After every
 `save_every`-th step (if that is not 0), `keep()` if it is given and `save_state(state_path, model,
-optimizer, step=, num_tokens=, place=order.place)`. With `evaluate`, what `evaluate(model)` returns
-is logged with the prefix "eval_" before every `eval_every`-th step (if that is not 0; before step
-0 if `eval_at_start`) and after the last step (always). There is one process: you need nothing of
-`parallel`.""",
+optimizer, step=<steps done>, num_tokens=, place=order.place)`. With `evaluate`, what
+`evaluate(model)` returns is logged with the prefix "eval_": before step s whenever `eval_every`
+divides s (if it is not 0; s = 0 only if `eval_at_start`), with step=s, and always after the last
+step, with step=steps. There is one process: you need nothing of `parallel`.""",
     checks=(
         Check(
             *("shape", 1, "training", training_inputs(3), expect_training("w", "steps")),
@@ -248,7 +248,7 @@ is logged with the prefix "eval_" before every `eval_every`-th step (if that is 
                 training_inputs(5, accum=2, resume_at=2, save_every=2),
                 expect_training("weights seen", "steps", "num_tokens", "saved at", "saved places"),
             ),
-            "Goes on at step 2 with the batches that come then, counts on, saves after steps 2, 4.",
+            "Goes on where 2 steps are done, with the batches that come then; saves at 2 and 4.",
             1e-4,
         ),
         Check(

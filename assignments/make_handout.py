@@ -28,6 +28,10 @@ PUBLIC_SEED = 2024  # of the inputs that students see
 COPIED = ("train.py", "requirements.txt", "LICENSE")
 CHECKERS = ("arrays.py", "calls*.py", "ladder.py")  # know no answers
 SUFFIXES = (".py", ".md", ".txt", ".json", ".toml")
+NOTE = """> This is the tutorial of the full repository. Here `python train.py` runs once your
+> problems are solved. The tests, figures, benchmarks and files of numbers that the text names are
+> not in this folder.
+"""
 
 
 def make(out: Path, problems: list[Problem], v: Variant, hold_back=(), run: Path | None = None):
@@ -53,7 +57,9 @@ def make(out: Path, problems: list[Problem], v: Variant, hold_back=(), run: Path
     write(out / "README.md", students)
     if (PACKAGE / "tutorial.md").exists():
         tutorial = (PACKAGE / "tutorial.md").read_text("utf-8")
-        write(out / "tutorial.md", without_answers(tutorial, removed(problems)))
+        title, _, text = without_answers(tutorial, removed(problems)).partition("\n")
+        write(out / "tutorial.md", f"{title}\n\n{NOTE}{text}")
+    write(out / "pytest.ini", "[pytest]\naddopts = --tb=short\n")
     if run is not None:
         for name in ("base", "sft", "data"):
             shutil.copytree(run / name, out / "open" / name)
@@ -120,9 +126,9 @@ def problem_texts(problems: list[Problem], v: Variant, with_open: bool) -> str:
 # --- no answer survives -----------------------------------------------------------------------
 
 
-def removed(problems: list[Problem]) -> set[str]:
-    """The distinctive statements of all that was cut out, each as one normalized line."""
-    found = set()
+def removed(problems: list[Problem]) -> dict[str, int]:
+    """The distinctive statements of all that was cut out: {a normalized line: problem's number}."""
+    found = {}
     for problem in problems:
         for path, holes in problem.files.items():
             if not (PACKAGE / path).exists():
@@ -130,8 +136,8 @@ def removed(problems: list[Problem]) -> set[str]:
             nodes = functions(ast.parse((PACKAGE / path).read_text("utf-8")))
             names = (*holes, *(problem.helpers if path == problem.file else ()))
             for name in names:
-                found |= statements(body_of(nodes[name]))
-    return {line for line in found if distinctive(line)}
+                found |= dict.fromkeys(statements(body_of(nodes[name])), NUMBERS[problem.name])
+    return {line: number for line, number in found.items() if distinctive(line)}
 
 
 def bare(text: str) -> str:
@@ -139,9 +145,9 @@ def bare(text: str) -> str:
     return "".join(text.split()).replace('"', "'").replace(",)", ")")
 
 
-def without_answers(markdown: str, answers: set[str]) -> str:
-    """Markdown without the code blocks that show a removed statement."""
-    answers = {bare(line) for line in answers}
+def without_answers(markdown: str, answers: dict[str, int]) -> str:
+    """Markdown with the problem's number for each code block that shows a removed statement."""
+    answers = {bare(line): number for line, number in answers.items()}
     kept, block = [], None
     for line in markdown.splitlines():
         fence = line.lstrip().startswith("```")
@@ -152,8 +158,8 @@ def without_answers(markdown: str, answers: set[str]) -> str:
         else:
             block.append(line)
             if fence:
-                shown = any(answer in bare("\n".join(block)) for answer in answers)
-                kept += ["*(This is yours to write.)*"] if shown else block
+                shown = [n for line, n in answers.items() if line in bare("\n".join(block))]
+                kept += [f"*(Yours to write: problem {min(shown)}.)*"] if shown else block
                 block = None
     return "\n".join([*kept, *(block or [])]) + "\n"
 
@@ -175,7 +181,7 @@ def check(out: Path, problems: list[Problem], v: Variant) -> list[str]:
     """What is wrong with a handout; [] if it may go out."""
     import solved
 
-    answers = removed(problems) | solved.own_statements(problems)
+    answers = removed(problems).keys() | solved.own_statements(problems)
     complaints = [f"an answer survives in {place}" for place in survivors(out, answers)]
     complaints += [f"{path} is there" for path in out.rglob(".git")]
     with Grader(v, PUBLIC_SEED + 1, problems) as grader, tempfile.TemporaryDirectory() as folder:

@@ -30,7 +30,7 @@ Not used on either side: kernels that have to be installed apart (Liger's, the h
 attention. TRL's padding_free does nothing in this release. Gradient checkpointing is on by default,
 as it is in both; --no-gradient-checkpointing is for ours and trl-best alike. On a CPU nothing else
 should run: threads that wait for each other share badly. A process that compiles holds the compiler
-as well, some 130 MB.
+as well.
 """
 
 import argparse

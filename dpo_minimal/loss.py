@@ -27,7 +27,7 @@ def chunk_logps(hidden, head, targets):
 
 
 def token_logps(model, tokens, loss_mask, positions=None, mask=None, sources=None):
-    """The log-probability of each scored token: float32 [N], row after row.
+    """The log-probability of each scored token: [N], row after row, float32 or wider.
 
     tokens int64 [B, T]; loss_mask bool [B, T], True at tokens to score (never the first of a row).
     The head runs on scored positions only, in chunks that backward recomputes: the [N, V] logits
@@ -46,14 +46,14 @@ def token_logps(model, tokens, loss_mask, positions=None, mask=None, sources=Non
 
 
 def sequence_logps(model, tokens, loss_mask):
-    """log pi(y|x) of each row: the SUM over its scored tokens, float32 [B]. See `token_logps`."""
+    """log pi(y|x) of each row: the SUM over its scored tokens, [B]. See `token_logps`."""
     logps = token_logps(model, tokens, loss_mask)  # [N]
     grid = logps.new_zeros(loss_mask.shape).masked_scatter(loss_mask, logps)  # [B, T]
     return grid.sum(dim=1)
 
 
 def preference_logps(model, batch):
-    """(log pi(y_w|x), log pi(y_l|x)), float32 [B] each, of pairs as `pair_batch` lays them out.
+    """(log pi(y_w|x), log pi(y_l|x)), [B] each, of pairs as `pair_batch` lays them out.
 
     Equal to rounding to `sequence_logps` of each answer's own row, with each prompt computed once.
     """
@@ -64,7 +64,7 @@ def preference_logps(model, batch):
 
 
 def sft_loss(model, tokens, loss_mask, positions=None, mask=None):
-    """-log pi of each scored token, float32 [N]: averaged over tokens, the loss of SFT."""
+    """-log pi of each scored token, [N]: averaged over tokens, the loss of SFT."""
     return -token_logps(model, tokens, loss_mask, positions, mask)
 
 

@@ -148,6 +148,12 @@ def test_the_tutorial_agrees_with_the_tree(check):
     assert check(TEXT) == []
 
 
+def test_the_numbers_and_figures_of_the_readme_are_those_of_their_json_files():
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert text.count(".json#") > 5 and "![" in text
+    assert wrong_numbers(text) == [] and wrong_figures(text) == []
+
+
 def test_the_checks_have_something_to_check():
     assert len(blocks(TEXT, "python")) > 10 and len(commands(TEXT)) > 5
     assert TEXT.count(".json#") > 20 and TEXT.count("![") > 5

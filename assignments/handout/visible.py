@@ -53,8 +53,15 @@ def explain(said, difference, inputs, got, expected):
     lines = [said, f"yours: {difference}"]
     for title, values in (("input", inputs), ("expected", expected), ("yours", got)):
         for name, value in values.items():
-            if np.size(value) <= 24:
-                lines.append(
-                    f"{title:8} {name} = {np.array2string(np.asarray(value), precision=6)}"
-                )
+            if shown := numbers(value):
+                lines.append(f"{title:8} {name} = {shown}")
     return "\n".join(lines)
+
+
+def numbers(value) -> str:
+    """A value in print, "" where it has more than 24 numbers."""
+    try:
+        array = np.asarray(value)
+    except ValueError:  # rows of unequal lengths
+        return str(value)[:500]
+    return np.array2string(array, precision=6) if array.size <= 24 else ""
