@@ -54,15 +54,15 @@ def cut(package: Path, problems) -> dict[str, str]:
 
 
 def submitted(folder: Path, path: str) -> str | None:
-    """The text of a submitted file, at its place, by its name alone, or not there."""
+    """The text of a submitted file, at its place or by its name alone, also one folder deeper."""
     name = Path(path).name
-    places = [folder / path, folder / name, folder / "dpo_minimal" / name]
-    places += [child / path for child in folder.iterdir() if child.is_dir()]
-    for place in places:
-        plain_file = place.is_file() and not place.is_symlink()
-        inside = folder.resolve() in place.resolve().parents
-        if plain_file and inside and place.stat().st_size <= LARGEST_FILE:
-            return place.read_bytes().decode("utf-8", "replace")
+    folders = [folder, *sorted(child for child in folder.iterdir() if child.is_dir())]
+    for place in (f / p for f in folders for p in (path, name, f"dpo_minimal/{name}")):
+        with suppress(OSError, RuntimeError):  # links in a loop, files that may not be read
+            plain_file = place.is_file() and not place.is_symlink()
+            inside = folder.resolve() in place.resolve().parents
+            if plain_file and inside and place.stat().st_size <= LARGEST_FILE:
+                return place.read_bytes().decode("utf-8", "replace")
     return None
 
 
@@ -183,11 +183,12 @@ def read_result(path: Path) -> dict | None:
 
 def judge(problem: Problem, check: Check, inputs, got: dict, again: dict, v: Variant) -> str | None:
     """None if the rung is reached, else the feedback."""
-    if got.get("empty"):
+    if got.get("empty") is True:  # it may be anything: a child can write what it likes
         return "Not written yet."
     if "error" in got or not got:
-        place = f" ({got['place']})" if isinstance(got.get("place"), str) and got["place"] else ""
-        return f"{check.said} Yours: {printable(got.get('error', 'gave nothing back'))}{place}."
+        error, place = printable(got.get("error", "gave nothing back")), got.get("place")
+        place = f" ({printable(place)})" if isinstance(place, str) and place else ""
+        return f"{check.said} Yours: {error}{place}."
     with np.errstate(all="ignore"):
         expected = check.expect(inputs, v)
         if check.rung == "shape":

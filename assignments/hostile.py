@@ -195,6 +195,21 @@ HOSTILE = [
         ("rmsnorm",),
     ),
     Hostile(
+        "forges results of odd kinds",
+        LLAMA,
+        NORM,
+        """
+        import os
+        forged = [b'{{"plain": {{"error": "x", "place": "\\\\ud800"}}, "arrays": []}}\\n']
+        forged += [b'{{"plain": {{}}, "arrays": [["empty", "uint8", [2]]]}}\\n00']
+        for number in range(10):
+            with open("out/%d" % number, "wb") as file:
+                file.write(forged[number % 2])
+        os._exit(0)
+        """,
+        ("rmsnorm",),
+    ),
+    Hostile(
         "calls the library",
         LLAMA,
         NORM,

@@ -94,6 +94,7 @@ def grade_hostile(hostile, folder: Path):
         "something outside was touched": before != traces(canary, place),
         "something was left behind": grader.folder.exists() or "sleep 4242" in running(),
         "it reads the grader's files": any("I CAN READ" in row["output"] for row in rows),
+        "what it is told cannot be printed": not all(row["output"].isprintable() for row in rows),
     }
     return [text for text, true in amiss.items() if true], grader.layers
 

@@ -218,8 +218,32 @@ def test_links_and_other_odd_files_are_not_read(tmp_path):
     (folder / "dpo_minimal").mkdir(parents=True)
     os.symlink(tmp_path / "secret", folder / "dpo_minimal" / "llama.py")
     assert grade.submitted(folder, "dpo_minimal/llama.py") is None
+    os.symlink("loss.py", folder / "dpo_minimal" / "loss.py")
+    assert grade.submitted(folder, "dpo_minimal/loss.py") is None
     (folder / "llama.py").write_text("here")
     assert grade.submitted(folder, "dpo_minimal/llama.py") == "here"
+
+
+@pytest.mark.parametrize("place", ["dpo_minimal", "", "work", "work/dpo_minimal"])
+def test_a_file_is_found_as_students_hand_it_in(tmp_path, place):
+    (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    (tmp_path / "__MACOSX" / "dpo_minimal").mkdir(parents=True)
+    (tmp_path / "__MACOSX" / "dpo_minimal" / "._loss.py").write_text("not it")
+    (tmp_path / place / "loss.py").write_text("here")
+    assert grade.submitted(tmp_path, "dpo_minimal/loss.py") == "here"
+    assert grade.submitted(tmp_path, "dpo_minimal/lora.py") is None
+
+
+def test_whatever_a_child_writes_gets_feedback_that_can_be_printed():
+    problem = PROBLEMS[0]
+    inputs = ladder.draw(problem, Variant(), 0)
+    strange = ("\ud800", "\n", np.zeros(2), [[[]]], {"a": None}, float("nan"), True)
+    for check in problem.checks:
+        for name in ("empty", "error", "place", *check.expect(inputs[check.rung], Variant())):
+            for value in strange:
+                for got in ({name: value}, {"error": "x", name: value}):
+                    said = grade.judge(problem, check, inputs[check.rung], got, got, Variant())
+                    assert said and said.isprintable()
 
 
 # --- the handout's text, the autograder's zip -------------------------------------------------
