@@ -28,8 +28,9 @@ set -euo pipefail
 apt-get update
 apt-get install -y --no-install-recommends python3 python3-venv
 python3 -m venv /opt/grader
-/opt/grader/bin/pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu torch
-/opt/grader/bin/pip install --no-cache-dir numpy sentencepiece
+/opt/grader/bin/pip install --no-cache-dir {torch} \\
+    --index-url https://download.pytorch.org/whl/cpu
+/opt/grader/bin/pip install --no-cache-dir {others}
 chmod -R a+rX /opt/grader
 """
 RUN = """#!/usr/bin/env bash
@@ -45,10 +46,18 @@ fi
 """
 
 
+def setup() -> str:
+    """setup.sh with the releases of requirements.txt; torch from the index without CUDA."""
+    wanted = (PACKAGE / "requirements.txt").read_text("utf-8").split()
+    torch = [shlex.quote(line) for line in wanted if line.startswith("torch")]
+    others = [shlex.quote(line) for line in wanted if not line.startswith(("torch", "pytest"))]
+    return SETUP.format(torch=" ".join(torch), others=" ".join(others))
+
+
 def files_of(problems, options: list[str], run: Path | None) -> dict[str, bytes]:
     """The zip's members by name."""
     script = RUN.format(options=" ".join(map(shlex.quote, options)))
-    members = {"setup.sh": SETUP.encode(), "run_autograder": script.encode()}
+    members = {"setup.sh": setup().encode(), "run_autograder": script.encode()}
     for pattern in GRADER:
         for path in sorted(HERE.glob(pattern)):
             members[f"assignments/{path.relative_to(HERE)}"] = path.read_bytes()

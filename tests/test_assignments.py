@@ -7,6 +7,7 @@ seeds, every variant, the hostile submissions, the visible tests of a handout.
 import json
 import os
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -283,3 +284,12 @@ def test_the_autograder_runs_from_its_zip_and_holds_no_answer(tmp_path):
     subprocess.run(script, env=environment, check=True, stdout=subprocess.DEVNULL, timeout=120)
     results = json.loads((place / "results" / "results.json").read_text())
     assert results["score"] == chosen[0].points
+
+
+def test_the_autograder_installs_the_releases_that_the_repository_asks_for():
+    lines = (ROOT / "requirements.txt").read_text("utf-8").split()
+    wanted = {line for line in lines if not line.startswith("pytest")}
+    installed = shlex.split(make_gradescope.setup().replace("\\\n", " "))
+    assert len(wanted) >= 3 and wanted <= set(installed)
+    assert not {"torch", "numpy"} & set(installed), "without a release"
+    assert subprocess.run(["bash", "-n"], input=make_gradescope.setup(), text=True).returncode == 0
