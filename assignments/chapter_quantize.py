@@ -205,7 +205,7 @@ block is cut off. The helpers below it made the taught version faster; you need 
                 "16 bits",
                 1,
                 "dequantize",
-                dequantize_inputs(4, 8, dtype="float16"),
+                dequantize_inputs(16, 32, dtype="float16"),
                 expect_dequantized,
             ),
             "The product is taken in float32 and rounded once: every bit counts.",
