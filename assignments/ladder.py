@@ -75,12 +75,12 @@ def draw(problem: Problem, v, seed: int) -> dict[str, dict]:
 
 
 def worth(problem: Problem, check: Check, inputs: dict, v) -> tuple[bool, int]:
-    """(whether the answer stands far above roundings, how many usual mistakes would show)."""
+    """(whether the answer stands far above roundings, how many mistakes would show clearly)."""
     with np.errstate(all="ignore"):
         expected = check.expect(inputs, v)
         shaky = agree(check.expect(shaken(inputs), v), expected, check.tolerance / 10)
         wrong = (check.expect(inputs, v, bug) for bug in problem.bugs)
-        shown = sum(agree(answer, expected, check.tolerance) is not None for answer in wrong)
+        shown = sum(agree(answer, expected, 20 * check.tolerance) is not None for answer in wrong)
     return not shaky, shown
 
 

@@ -61,6 +61,10 @@ def submission(tmp_path, v=Variant()):  # noqa: B008
     return solved.write(tmp_path / "submission", solved.solution(v))
 
 
+def problem_named(name):
+    return next(problem for problem in PROBLEMS if problem.name == name)
+
+
 def lost(rows):
     return {row["problem"] for row in rows if row["score"] < row["max"]}
 
@@ -74,6 +78,7 @@ def test_the_reference_gets_all_points_and_results_json_has_gradescopes_fields(g
     results = json.loads(json.dumps(grade.results_of(rows, ("gradient",), 12.34)))
     assert results["score"] == sum(problem.points for problem in PROBLEMS)
     assert results["stdout_visibility"] == "hidden" and results["execution_time"] == 12.3
+    assert results["visibility"] == "visible" and isinstance(results["output"], str)
     assert set(results) <= {
         *("score", "execution_time", "output", "visibility", "stdout_visibility", "tests"),
         *("extra_data", "leaderboard", "output_format", "test_output_format"),
@@ -137,6 +142,35 @@ def test_zeros_and_the_answer_to_another_draw_reach_no_rung(problem):
             assert (
                 fits or expected.get("encoded", 0) is None or expected == {"raised": "InputError"}
             )
+
+
+def test_a_draw_is_passed_over_where_a_mistake_does_no_harm_or_rounding_decides():
+    def expect(inputs, v, bug=""):
+        return {"y": inputs["x"] - (0 if bug else inputs["w"])}
+
+    drawn = {
+        "harmless": {"x": np.array([3.0]), "w": np.array([0.0])},
+        "shaky": {"x": np.float32([1]), "w": np.float32([1.000001])},
+        "good": {"x": np.array([3.0]), "w": np.array([2.0])},
+    }
+    for order in (("harmless", "shaky", "good"), ("shaky", "good", "harmless")):
+        draws = iter([drawn[name] for name in order] * ladder.DRAWS)
+        check = ladder.Check("value", 1, "f", lambda rng, v, draws=draws: next(draws), expect, "")
+        problem = ladder.Problem(
+            "p", "P", "f", ("f",), "", (check,), {"w left out": "w is left out."}
+        )
+        assert ladder.draw(problem, Variant(), 0)["value"] is drawn["good"]
+
+
+def test_log_probabilities_to_be_graded_are_not_lost_in_rounding():
+    checks = {check.rung: check for check in problem_named("response_logps").checks}
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        inputs = checks["hand value"].inputs(rng, Variant())
+        assert np.abs(checks["hand value"].expect(inputs, Variant())["logps"]).max() >= 0.5
+        inputs = checks["16 bits"].inputs(rng, Variant())
+        logits = np.cumsum(inputs["E"][inputs["tokens"]], axis=1) @ inputs["W"].T
+        assert np.array_equal(logits.astype(np.float16), logits)
 
 
 # --- variants ---------------------------------------------------------------------------------
@@ -284,6 +318,10 @@ def test_the_autograder_runs_from_its_zip_and_holds_no_answer(tmp_path):
     subprocess.run(script, env=environment, check=True, stdout=subprocess.DEVNULL, timeout=120)
     results = json.loads((place / "results" / "results.json").read_text())
     assert results["score"] == chosen[0].points
+    environment["PYTHON"] = "false"  # whatever goes wrong, there is a result that says so
+    subprocess.run(script, env=environment, check=True, timeout=120)
+    results = json.loads((place / "results" / "results.json").read_text())
+    assert results["score"] == 0 and "tell the staff" in results["output"]
 
 
 def test_the_autograder_installs_the_releases_that_the_repository_asks_for():
@@ -293,3 +331,17 @@ def test_the_autograder_installs_the_releases_that_the_repository_asks_for():
     assert len(wanted) >= 3 and wanted <= set(installed)
     assert not {"torch", "numpy"} & set(installed), "without a release"
     assert subprocess.run(["bash", "-n"], input=make_gradescope.setup(), text=True).returncode == 0
+
+
+def test_the_readme_counts_what_there_is():
+    from hostile import HOSTILE
+
+    text = " ".join((ROOT / "assignments" / "README.md").read_text("utf-8").split())
+    mistakes = sum(len(problem.bugs) for problem in PROBLEMS)
+    for said in (
+        f"which of {mistakes} usual mistakes",
+        f"(0 to {COUNT - 1})",
+        f"{len(WRONG)} plausible wrong solutions",
+        f"{len(HOSTILE)} hostile submissions",
+    ):
+        assert said in text, said
