@@ -14,6 +14,7 @@ from statistics import NormalDist
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 ABSMAX_BLOCK = 256  # absmax values that share one scale in double quantization
 PIECE = 2**18  # weights that a CPU takes at a time: what lies between stays in its cache
@@ -253,8 +254,14 @@ class NF4Linear(nn.Module):
         return NF4Weight(shape=shape, dtype=self.dtype, block_size=self.block_size, **tensors)
 
     def forward(self, x):  # [..., in] -> [..., out]
+        def weight():
+            return dequantize_nf4(self.quantized).to(x.dtype)
+
         if NF4Linear.recomputed:
-            return F.linear(x, dequantize_nf4(self.quantized).to(x.dtype))
+            return F.linear(x, weight())
+        if torch.compiler.is_compiling():
+            # A compiler sees that NF4Matmul makes W twice, and would keep the first one for both.
+            return F.linear(x, checkpoint(weight, use_reentrant=False))
         return NF4Matmul.apply(x, self.quantized)
 
     def _apply(self, fn, recurse=True):

@@ -234,6 +234,18 @@ def test_autograd_keeps_no_dequantized_weight():
     assert saved_bytes(lambda: layer(x)) <= 128 * 256 / 2 + 128 * 256 / 64 + 4 + 4 + 4 * 256
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")  # torch's own
+def test_a_compiled_layer_keeps_no_dequantized_weight_either():
+    layer = NF4Linear(quantize_nf4(gaussian(128, 256)))
+    x = gaussian(4, 256).requires_grad_()
+    expected = torch.autograd.grad(layer(x).square().sum(), x)
+    torch._dynamo.reset()
+    # What the compiler keeps for backward is decided before any code is generated.
+    compiled = torch.compile(layer, backend="aot_eager_decomp_partition")
+    assert saved_bytes(lambda: compiled(x)) < 128 * 256  # a byte a weight; W has four
+    torch.testing.assert_close(torch.autograd.grad(compiled(x).square().sum(), x), expected)
+
+
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_casting_a_model_leaves_the_quantized_tensors_alone(dtype, double_quant):
