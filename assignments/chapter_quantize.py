@@ -63,8 +63,8 @@ nearest entry of NF4_CODE, a tie to the lower one (do not write the 16 values in
 grader puts other ones into NF4_CODE); two indices a byte, the first in the high nibble. With
 `double_quant`, absmax minus its mean is quantized in the same way to 8 bits with DYNAMIC_CODE, in
 blocks of ABSMAX_BLOCK. A block of zeros has absmax 0 and gives the code of 0, not NaN. The result
-is an NF4Weight, whose docstring names its fields; it carries no gradient. PIECE is for speed: one
-piece is fine.""",
+is an NF4Weight, whose docstring names its fields; it carries no gradient. `piece_size` is for
+speed: one piece is fine.""",
     checks=(
         Check(
             *("shape", 1, "quantize", quantize_inputs(3, 8), expect_quantized),

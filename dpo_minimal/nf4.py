@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 ABSMAX_BLOCK = 256  # absmax values that share one scale in double quantization
 PIECE = 2**18  # weights that a CPU takes at a time: what lies between stays in its cache
+GPU_PIECE = 2**24  # few launches, and what lies between is 0.1 GB, not 0.4 for 7B's largest matrix
 
 
 def linspace32(start: float, end: float, n: int) -> torch.Tensor:
@@ -109,11 +110,15 @@ class NF4Weight:
     absmax_offset: torch.Tensor | None = None
 
 
+def piece_size(device: torch.device) -> int:
+    """How many weights to take at a time there."""
+    return PIECE if device.type == "cpu" else GPU_PIECE
+
+
 def quantize_nf4(weight: torch.Tensor, block_size: int = 64, double_quant: bool = True):
     """Quantize a float tensor of any shape to an NF4Weight (QLoRA, eq. 1 and section 3)."""
     values = weight.detach().flatten()
-    piece = PIECE if values.device.type == "cpu" else len(values)
-    parts = [quantize_piece(part, block_size) for part in values.split(piece)]
+    parts = [quantize_piece(part, block_size) for part in values.split(piece_size(values.device))]
     packed, absmax = map(torch.cat, zip(*parts, strict=True))
     common = dict(packed=packed, shape=tuple(weight.shape), dtype=weight.dtype)
     if not double_quant:
@@ -161,7 +166,7 @@ def code_pairs(device: torch.device) -> torch.Tensor:
 def dequantize_nf4(quantized: NF4Weight) -> torch.Tensor:
     """The weight back, in its own shape and dtype: code * absmax in float32, then one cast.
 
-    On a CPU piece by piece, so that what lies between the bytes and the weight stays in its cache.
+    Piece by piece, so that what lies between the bytes and the weight stays in a CPU's cache.
     Under torch.compile by `dequantize_fused`, to the same bits.
     """
     absmax = dequantize_absmax(quantized)  # [blocks]
@@ -173,7 +178,7 @@ def dequantize_nf4(quantized: NF4Weight) -> torch.Tensor:
         blocks = dequantize_fused(packed, absmax, quantized.dtype)
     else:
         blocks = packed.new_empty(len(absmax), quantized.block_size, dtype=quantized.dtype)
-        piece = PIECE // quantized.block_size if packed.device.type == "cpu" else len(absmax)
+        piece = piece_size(packed.device) // quantized.block_size
         tables = code_pairs(packed.device).expand(piece, -1)  # the same one for each block
         for at in range(0, len(absmax), piece):
             span = slice(at, at + piece)
@@ -259,10 +264,10 @@ class NF4Linear(nn.Module):
 
         if NF4Linear.recomputed:
             return F.linear(x, weight())
-        if torch.compiler.is_compiling():
-            # A compiler sees that NF4Matmul makes W twice, and would keep the first one for both.
-            return F.linear(x, checkpoint(weight, use_reentrant=False))
-        return NF4Matmul.apply(x, self.quantized)
+        if not torch.compiler.is_compiling():
+            return NF4Matmul.apply(x, self.quantized)
+        # A compiler sees that NF4Matmul makes W twice, and would keep the first one for both.
+        return F.linear(x, checkpoint(weight, use_reentrant=False))
 
     def _apply(self, fn, recurse=True):
         # Moves to a device reach the buffers, casts do not: a bfloat16 absmax would be wrong.
