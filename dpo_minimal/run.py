@@ -198,6 +198,8 @@ def read_run(description: str) -> Run:
     check_folder(out, args)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    if args.compile:
+        check_compiler(device)
     given = {field.name: getattr(args, field.name, None) for field in fields(Settings)}
     given = {name: value for name, value in given.items() if value is not None}
     stages = BLOG if args.data else FORUM
@@ -218,6 +220,15 @@ def check_flags(args):
         raise InputError("--label-smoothing must be in [0, 0.5), --beta above 0")
     if (args.device or "").startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"--device {args.device}: torch finds no GPU here")
+
+
+def check_compiler(device: str):
+    """InputError if torch.compile does not work here: it asks for a C++ compiler, or for Triton."""
+    try:
+        torch.compile(torch.neg)(torch.ones(1, device=device))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split("\n\n")[0].split())
+        raise InputError(f"--compile: torch cannot compile here, leave it out ({reason})") from None
 
 
 def check_folder(out: Path, args):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -476,6 +477,16 @@ def test_an_unknown_target_module_is_refused_with_the_known_ones(tmp_path, capsy
     given = flags if model else ["--max-steps", 1]
     err = refuse(capsys, *given, "--target-modules", "q_proj,query", "--out", tmp_path / "run")
     assert "query" in err and "v_proj" in err and not (tmp_path / "run").exists()
+
+
+def test_compiling_without_a_compiler_is_refused_before_anything_is_trained(tmp_path):
+    environment = os.environ | {"CXX": "/no/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    out = tmp_path / "run"
+    command = [sys.executable, "train.py", "--compile", "--device", "cpu", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and not out.exists()
+    assert done.stderr.startswith("error: --compile: torch cannot compile here")
+    assert done.stderr.count("\n") == 1 and "C++ compiler" in done.stderr
 
 
 def test_a_folder_with_something_in_it_is_refused_and_left_alone(tmp_path, capsys, flags):
