@@ -16,7 +16,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import solutions.variants  # noqa: E402, F401
-from problems import PROBLEMS  # noqa: E402
+from problems import PROBLEMS, chosen  # noqa: E402
 from solutions.standard import ANSWERS  # noqa: E402
 from source import body_of, distinctive, functions, replace_function, statements  # noqa: E402
 from variants import Variant  # noqa: E402
@@ -66,8 +66,9 @@ def spoiled(v: Variant, problem: str, changes) -> dict[str, str]:
     changes: (function, old, new) each; LookupError if the old piece is not there.
     """
     files = solution(v)
+    (asked,) = chosen([problem])
     for function, old, new in changes:
-        for path in next(p for p in PROBLEMS if p.name == problem).files:
+        for path in asked.files:
             if function in functions(ast.parse(files[path])):
                 files[path] = change_within(files[path], function, old, new)
     return files

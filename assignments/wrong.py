@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import solved
-from problems import PROBLEMS
+from problems import chosen
 
 
 class Wrong(NamedTuple):
@@ -38,7 +38,7 @@ WRONG = read(Path(__file__).parent / "solutions" / "wrong.txt")
 
 def check_wrong(grader, wrong: Wrong) -> str | None:
     """What is amiss with how it is graded, or None."""
-    problem = next(p for p in PROBLEMS if p.name == wrong.problem)
+    (problem,) = chosen([wrong.problem])
     files = solved.spoiled(grader.v, wrong.problem, wrong.changes)
     with tempfile.TemporaryDirectory() as folder:
         rows = grader.grade_problem(solved.write(Path(folder), files), problem)

@@ -259,15 +259,16 @@ class NF4Linear(nn.Module):
         return NF4Weight(shape=shape, dtype=self.dtype, block_size=self.block_size, **tensors)
 
     def forward(self, x):  # [..., in] -> [..., out]
-        def weight():
-            return dequantize_nf4(self.quantized).to(x.dtype)
-
         if NF4Linear.recomputed:
-            return F.linear(x, weight())
+            return F.linear(x, self.dequantized(x.dtype))
         if not torch.compiler.is_compiling():
             return NF4Matmul.apply(x, self.quantized)
         # A compiler sees that NF4Matmul makes W twice, and would keep the first one for both.
-        return F.linear(x, checkpoint(weight, use_reentrant=False))
+        return F.linear(x, checkpoint(self.dequantized, x.dtype, use_reentrant=False))
+
+    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight for one use, [out, in] in `dtype`."""
+        return dequantize_nf4(self.quantized).to(dtype)
 
     def _apply(self, fn, recurse=True):
         # Moves to a device reach the buffers, casts do not: a bfloat16 absmax would be wrong.

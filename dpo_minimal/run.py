@@ -198,14 +198,15 @@ def read_run(description: str) -> Run:
     check_folder(out, args)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-    if args.compile:
-        check_compiler(device)
     given = {field.name: getattr(args, field.name, None) for field in fields(Settings)}
     given = {name: value for name, value in given.items() if value is not None}
     stages = BLOG if args.data else FORUM
     settings = {stage: replace(preset, **given) for stage, preset in stages.items()}
     # After the checks: the other processes would take what the first one writes for another run.
-    return Run(args, out, parallel.start(device), getattr(torch, dtype), settings)
+    device = parallel.start(device)
+    if args.compile and args.stage != "evaluate":  # which trains nothing
+        check_compiler(device)
+    return Run(args, out, device, getattr(torch, dtype), settings)
 
 
 def check_flags(args):

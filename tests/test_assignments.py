@@ -28,6 +28,7 @@ import grade  # noqa: E402
 import ladder  # noqa: E402
 import make_gradescope  # noqa: E402
 import make_handout  # noqa: E402
+import problems  # noqa: E402
 import solved  # noqa: E402
 import source  # noqa: E402
 from arrays import pack, unpack  # noqa: E402
@@ -59,10 +60,6 @@ def asking(grader, v, problems):
 
 def submission(tmp_path, v=Variant()):  # noqa: B008
     return solved.write(tmp_path / "submission", solved.solution(v))
-
-
-def problem_named(name):
-    return next(problem for problem in PROBLEMS if problem.name == name)
 
 
 def lost(rows):
@@ -163,7 +160,8 @@ def test_a_draw_is_passed_over_where_a_mistake_does_no_harm_or_rounding_decides(
 
 
 def test_log_probabilities_to_be_graded_are_not_lost_in_rounding():
-    checks = {check.rung: check for check in problem_named("response_logps").checks}
+    (problem,) = problems.chosen(["response_logps"])
+    checks = {check.rung: check for check in problem.checks}
     for seed in range(200):
         rng = np.random.default_rng(seed)
         inputs = checks["hand value"].inputs(rng, Variant())
