@@ -1,10 +1,9 @@
-"""Token rows to batches: padding, pairs with their prompt computed once, packing, the order.
+"""Token ids to batches: padding, pairs with their prompt computed once, packing, the order.
 
 Two layouts of a pair give the same log-probabilities. The plain one, `answer_rows`, has a row for
 each answer; training uses `pair_batch`, where chosen and rejected share a row and its prompt.
 
-`Batches` is the order in which training sees the data, whether they fit into memory or not. There a
-row is {index of an example: its tokens}: one pair, or the texts that are packed together.
+Until a batch is made, its rows are indices: of one pair, or of the texts that are packed together.
 """
 
 import itertools
@@ -17,18 +16,17 @@ from functools import partial
 import torch
 
 from dpo_minimal import InputError
-from dpo_minimal.data import EncodedPair
 
 
 @dataclass
 class Batch:
     """Rows padded on the right: tokens int64 [B, T], loss_mask bool [B, T], True where scored.
 
-    `count` is what the loss is averaged over: pairs (DPO) or scored tokens (SFT). `num_tokens` are
-    those of the texts, without pads. Where a row holds several texts, `positions` int64 [B, T] and
-    `mask` bool [B, 1, T, T] keep them apart. For pairs, `indices` says which ones they are,
-    `rejected` bool [B, T] is True at the rejected answers, and `sources` int64 [B, T] gives the
-    place whose state predicts each token.
+    `count` is what the loss is averaged over: pairs (DPO) or scored tokens (SFT). `num_tokens`
+    counts the tokens of the texts, without pads. `positions` int64 [B, T] and `mask` bool
+    [B, 1, T, T] keep apart the texts that share a row. For pairs, `indices` says which ones they
+    are, `rejected` bool [B, T] is True at the rejected answers, and `sources` int64 [B, T] gives
+    for each token the place whose state predicts it.
     """
 
     tokens: torch.Tensor
@@ -50,18 +48,18 @@ def pad(rows: list[list], fill, dtype, device) -> torch.Tensor:
 
 
 def answer_rows(examples, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens, loss_mask), each [B, T], of (unscored ids, scored ids) pairs, one a row."""
+    """(tokens, loss_mask), each [B, T], of (unscored ids, scored ids) examples, one per row."""
     tokens = [prompt + answer for prompt, answer in examples]
     masks = [[False] * len(prompt) + [True] * len(answer) for prompt, answer in examples]
     # Any id will do for the pads: they are neither seen nor scored.
     return pad(tokens, 0, torch.int64, device), pad(masks, False, torch.bool, device)
 
 
-def pair_batch(pairs: list[EncodedPair], indices: list[int], device) -> Batch:
-    """The pairs at `indices`, one a row: prompt, chosen, rejected.
+def pair_batch(pairs, indices: list[int], device) -> Batch:
+    """The EncodedPairs at `indices`, one per row: prompt, chosen, rejected.
 
     The rejected answer's positions go on from the prompt, and it sees the prompt but not the chosen
-    answer: each answer is computed as if it were alone, the prompt once for both.
+    answer. So each answer is computed as if it were alone, and the prompt once for both.
     """
     tokens, scored, rejected, positions, sources, num_tokens = [], [], [], [], [], 0
     for prompt, chosen, rejected_answer in (pairs[i] for i in indices):
@@ -70,7 +68,7 @@ def pair_batch(pairs: list[EncodedPair], indices: list[int], device) -> Batch:
         scored.append([False] * P + [True] * (C + R))
         rejected.append([False] * (P + C) + [True] * R)
         positions.append([*range(P + C), *range(P, P + R)])
-        # The state before it, but both answers' first tokens follow the prompt's last one.
+        # The state before each token, but both answers' first tokens follow the prompt's last one.
         sources.append([*range(-1, P + C - 1), P - 1, *range(P + C, P + C + R - 1)])
         num_tokens += 2 * P + C + R
     rejected = pad(rejected, False, torch.bool, device)  # [B, T]
@@ -89,13 +87,40 @@ def pair_batch(pairs: list[EncodedPair], indices: list[int], device) -> Batch:
     )
 
 
-def pair_lengths(pairs) -> list[int]:
-    """Tokens of each pair's row, by which batches are formed."""
-    return [len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected in pairs]
+def packed_batch(examples, rows: list[list[int]], device) -> Batch:
+    """Packed rows as one batch. examples: (unscored ids, scored ids); rows: their indices.
+
+    Each example sees only itself: `mask` is causal within it, and its positions start at 0.
+    """
+    tokens, scored, positions, owners = [], [], [], []
+    for row in rows:
+        row_tokens, row_scored, row_positions, row_owners = [], [], [], []
+        for owner, (prompt, answer) in enumerate(examples[i] for i in row):
+            row_tokens += prompt + answer
+            row_scored += [False] * len(prompt) + [True] * len(answer)
+            row_positions += range(len(prompt + answer))
+            row_owners += [owner] * len(prompt + answer)
+        tokens.append(row_tokens)
+        scored.append(row_scored)
+        positions.append(row_positions)
+        owners.append(row_owners)
+    owner = pad(owners, -1, torch.int64, device)  # [B, T]
+    same = owner[:, None, :, None] == owner[:, None, None, :]  # [B, 1, T, T]
+    return Batch(
+        tokens=pad(tokens, 0, torch.int64, device),
+        loss_mask=pad(scored, False, torch.bool, device),
+        count=sum(map(sum, scored)),
+        num_tokens=sum(map(len, tokens)),
+        positions=pad(positions, 0, torch.int64, device),
+        mask=same.tril(),
+    )
+
+
+# --- the order --------------------------------------------------------------------------------
 
 
 def pack(lengths: list[int], max_length: int) -> list[list[int]]:
-    """Fill rows of max_length tokens with whole examples; returns the examples' numbers by row.
+    """Fill rows of max_length tokens with whole examples; returns the examples' indices per row.
 
     Best fit: the longest examples first, each into the fullest row that still has room for it.
     None of `lengths` may be above max_length.
@@ -108,66 +133,19 @@ def pack(lengths: list[int], max_length: int) -> list[list[int]]:
     return [row for rows in rows_by_room for row in rows]
 
 
-def packed_batch(examples, rows, device) -> Batch:
-    """Packed rows as one batch. examples: (unscored ids, scored ids) by number; rows: numbers.
-
-    Each example sees itself alone: `mask` is causal within it and its positions start at 0.
-    """
-    tokens, scored, positions, owners = [], [], [], []
-    for row in rows:
-        parts = [examples[i] for i in row]
-        tokens.append([t for prompt, answer in parts for t in prompt + answer])
-        scored.append([s for p, a in parts for s in [False] * len(p) + [True] * len(a)])
-        positions.append([t for p, a in parts for t in range(len(p) + len(a))])
-        owners.append([n for n, (p, a) in enumerate(parts) for _ in p + a])
-    owner = pad(owners, -1, torch.int64, device)  # [B, T]
-    same = owner[:, None, :, None] == owner[:, None, None, :]  # [B, 1, T, T]
-    loss_mask = pad(scored, False, torch.bool, device)
-    return Batch(
-        tokens=pad(tokens, 0, torch.int64, device),
-        loss_mask=loss_mask,
-        count=sum(map(sum, scored)),
-        num_tokens=sum(map(len, tokens)),
-        positions=pad(positions, 0, torch.int64, device),
-        mask=same.tril(),
-    )
+def packed_rows(examples, max_length: int, indices) -> list[list[int]]:
+    """The examples at `indices` that fit, packed into rows of indices."""
+    fitting = [i for i in indices if examples[i] is not None]
+    lengths = [sum(map(len, examples[i])) for i in fitting]
+    # By the place of each row's longest text in the shuffled `indices`: as random as that, whereas
+    # packing leaves the rows sorted by how full they are.
+    return [[fitting[k] for k in row] for row in sorted(pack(lengths, max_length))]
 
 
-def collate_pairs(rows: list[dict[int, EncodedPair]], device) -> Batch:
-    """Rows of one pair each as a batch."""
-    pairs = joined(rows)
-    return pair_batch(pairs, list(pairs), device)
-
-
-def collate_packed(rows: list[dict[int, tuple]], device) -> Batch:
-    """Packed rows as a batch."""
-    return packed_batch(joined(rows), rows, device)
-
-
-def pair_rows(pairs, indices) -> list[dict[int, EncodedPair]]:
-    """The pairs at `indices` that fit, each a row, sorted by length: neighbours need little pad."""
-    rows = [{i: pairs[i]} for i in indices]
-    return sorted((row for row in rows if fits(row)), key=lambda row: pair_lengths(row.values()))
-
-
-def packed_rows(examples, max_length: int, indices) -> list[dict[int, tuple]]:
-    """The (unscored ids, scored ids) examples at `indices` that fit, packed into rows."""
-    rows = [{i: examples[i]} for i in indices]
-    texts = [item for row in rows if fits(row) for item in row.items()]
-    lengths = [len(unscored) + len(scored) for _, (unscored, scored) in texts]
-    # By the place of the longest text in the shuffled `indices`: as random as that, not by length.
-    packed = sorted(pack(lengths, max_length))
-    return [dict(texts[k] for k in row) for row in packed]
-
-
-def fits(row: dict) -> bool:
-    """Whether the one example of a row was not too long (None instead of tokens)."""
-    return None not in row.values()
-
-
-def joined(rows: list[dict]) -> dict:
-    """Several rows as one {index: tokens}, in order."""
-    return {i: tokens for row in rows for i, tokens in row.items()}
+def pair_rows(pairs, indices) -> list[int]:
+    """The indices of pairs that fit, sorted by length, so that neighbours need little padding."""
+    fitting = [i for i in indices if pairs[i] is not None]
+    return sorted(fitting, key=lambda i: sum(map(len, pairs[i])))
 
 
 def windows(n: int, size: int, seed: int):
@@ -178,52 +156,49 @@ def windows(n: int, size: int, seed: int):
         yield from (order[at : at + size] for at in range(0, n, size))
 
 
-class Batches:
-    """Batches for ever, each a list of rows; every epoch sees every example once, in a new order.
+class Order:
+    """The order in which training sees n examples: each epoch sees each one once, in a new order.
 
-    The shuffled indices of an epoch are cut into windows of `size`. form(indices) makes a window's
-    rows, which are cut into batches, and these are shuffled. Only then is the window in tokens.
-    The order depends on the seed alone: not on how often it is read, nor on torch's state.
+    The shuffled indices of an epoch are cut into windows of `window`. form(indices) makes a
+    window's rows; these are cut into batches, and the batches are shuffled. So examples need their
+    tokens only one window at a time. The order depends on the seed alone, not on torch's state.
     """
 
-    def __init__(self, form, n: int, size: int, seed: int, batch_size: int = 1):
-        self.form, self.n, self.size = form, n, min(n, size)
-        self.seed, self.batch_size = seed, batch_size
-        self.place = 0, 0  # (windows, batches of the next one) that were read; may be set
-        self.first = form(next(windows(n, self.size, seed)))
-        if not self.first:
-            raise InputError(f"all of {self.size} random examples are longer than --max-length")
+    def __init__(self, form, n: int, window: int, seed: int):
+        self.form, self.n, self.window, self.seed = form, n, min(n, window), seed
+        self.first_rows = len(form(next(windows(n, self.window, seed))))  # in the first window
+        if not self.first_rows:
+            raise InputError(f"all of {self.window} random examples are longer than --max-length")
 
     def num_rows(self) -> int:
-        """Rows of an epoch, if all windows are like the first: exact unless some texts drop out."""
-        return math.ceil(len(self.first) * self.n / self.size)
+        """Rows per epoch if all windows are like the first: exact unless some texts drop out."""
+        return math.ceil(self.first_rows * self.n / self.window)
 
-    def num_batches(self) -> int:
-        """Batches of an epoch, in the same sense."""
-        return math.ceil(math.ceil(len(self.first) / self.batch_size) * self.n / self.size)
+    def num_batches(self, batch_size: int) -> int:
+        """Batches per epoch, in the same sense."""
+        return math.ceil(math.ceil(self.first_rows / batch_size) * self.n / self.window)
 
-    def __iter__(self):
-        first, read = self.place
-        numbered = enumerate(windows(self.n, self.size, self.seed))
-        for number, indices in itertools.islice(numbered, first, None):
-            rows = self.form(indices) if number else self.first  # nothing is tokenized twice
-            starts = list(range(0, len(rows), self.batch_size))
+    def batches(self, batch_size: int, place=(0, 0)):
+        """Yield (rows of a batch, place) for ever; batches(batch_size, place) goes on behind it.
+
+        place: (how many windows, how many batches of the next window) lie behind.
+        """
+        number, done = place
+        for indices in itertools.islice(windows(self.n, self.window, self.seed), number, None):
+            rows = self.form(indices)
+            starts = list(range(0, len(rows), batch_size))
             random.Random(f"{self.seed}, window {number}").shuffle(starts)
-            for at in starts[read:]:
-                self.place = number, (read := read + 1)
-                yield rows[at : at + self.batch_size]
-            read = 0
+            for at in starts[done:]:
+                done += 1
+                yield rows[at : at + batch_size], (number, done)
+            number, done = number + 1, 0
 
 
-def pair_batches(pairs, batch_size: int, seed: int) -> Batches:
-    """Pairs in batches of similar lengths: each is a row, sorted within windows of 64 batches."""
-    return Batches(partial(pair_rows, pairs), len(pairs), 64 * batch_size, seed, batch_size)
+def pair_order(pairs, batch_size: int, seed: int) -> Order:
+    """Pairs in batches of similar lengths: sorted by length within windows of 64 batches."""
+    return Order(partial(pair_rows, pairs), len(pairs), 64 * batch_size, seed)
 
 
-def packed_batches(examples, max_length: int, seed: int) -> Batches:
-    """(unscored ids, scored ids) examples in packed rows; `batch_size` is still to be set.
-
-    Those in memory are packed all together, others as many at a time as take seconds to tokenize.
-    """
-    size = len(examples) if isinstance(examples, list) else 1024
-    return Batches(partial(packed_rows, examples, max_length), len(examples), size, seed)
+def packed_order(examples, max_length: int, window: int, seed: int) -> Order:
+    """(unscored ids, scored ids) examples in packed rows, `window` examples packed together."""
+    return Order(partial(packed_rows, examples, max_length), len(examples), window, seed)

@@ -1,18 +1,22 @@
 """A small question-and-answer forum with a judge who knows the truth.
 
-Real preference data has no ground truth; this closed world has. 40 facts, asked in 18 ways each,
-make 720 questions; each has 15 possible answers: right with its reason, right, wrong and sure of
-it, wrong, or off topic, each said politely, plainly or rudely. `judge` gives any text its true
-score, and a vote between two answers is Bradley-Terry's: P(j beats k) = sigmoid(score_j - score_k).
-Rows have the columns of the data set stack-exchange-paired.
+Real preference data has no ground truth; this closed world has one. Its 40 facts, in forum.json,
+can each be asked in 18 ways: 720 questions. Each has 15 possible answers: right with its reason,
+right, wrong and sure of it, wrong, or off topic, and each said politely, plainly or rudely.
+`judge` gives any text its true score. A vote between two answers follows Bradley and Terry:
+P(j beats k) = sigmoid(score_j - score_k). Rows have the columns of stack-exchange-paired.
 """
 
 import itertools
+import json
 import math
 import random
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
+
+from dpo_minimal.files import whole_folder
 
 
 class Fact(NamedTuple):
@@ -27,116 +31,34 @@ class Fact(NamedTuple):
 class Topic(NamedTuple):
     """One board: three ways to ask, the sentence that answers, an off-topic remark, the facts."""
 
-    questions: tuple[str, str, str]
+    questions: list[str]
     statement: str
     remark: str
     facts: list[Fact]
 
 
-def facts(table: str) -> list[Fact]:
-    """Read lines of subject | right | wrong | reason."""
-    lines = [line.split(" | ") for line in table.strip().splitlines()]
-    return [Fact(*(cell.strip() for cell in line)) for line in lines]
+class Opener(NamedTuple):
+    """What an asker says first, with the polite and the rude reply to it."""
+
+    text: str
+    polite: str
+    rude: str
 
 
-TOPICS = [
-    Topic(
-        (
-            "What is a baby {} called?",
-            "What do you call a young {}?",
-            "Is there a proper word for a young {}?",
-        ),
-        "A young {} is called {}.",
-        "The buses are late again.",
-        facts("""
-            kangaroo | a joey | a cub | It is as small as a bean when it climbs into the pouch.
-            swan | a cygnet | a duckling | The word comes from the French for swan.
-            goat | a kid | a lamb | The word is as old as the Vikings.
-            hare | a leveret | a bunny | The word comes from the French for hare.
-            fox | a cub | a foal | It is born in the dark with its eyes shut.
-            eel | an elver | a tadpole | It swims up the rivers in spring.
-            seal | a pup | a kitten | Its first coat is thick and soft.
-            deer | a fawn | a joey | Its white spots hide it among the leaves.
-            goose | a gosling | a cygnet | It simply means a small goose.
-            owl | an owlet | a gosling | The ending just means that it is little.
-        """),
-    ),
-    Topic(
-        (
-            "What is a group of {} called?",
-            "What do you call many {} together?",
-            "Is there a special word for a group of {}?",
-        ),
-        "A group of {} is called {}.",
-        "Has anyone seen my green bicycle?",
-        facts("""
-            crows | a murder | a gaggle | Hunters made the name up long ago.
-            owls | a parliament | a choir | A story for children made the name popular.
-            lions | a pride | a pack | The females hunt together.
-            geese | a gaggle | a herd | It sounds just like the noise that they make.
-            giraffes | a tower | a pile | One look at the necks explains it.
-            ants | a colony | a crowd | They are nearly all sisters.
-            wolves | a pack | a pride | It is mostly parents and their young.
-            fish | a school | a class | Swimming together confuses the hungry pike.
-            flamingos | a flamboyance | a parade | It is hard to argue with all that pink.
-            penguins | a waddle | a tower | Watch them walk and you will see.
-        """),
-    ),
-    Topic(
-        (
-            "How do I get {} out of my shirt?",
-            "What helps against {} on a tablecloth?",
-            "Does anything remove {} from my trousers?",
-        ),
-        "Against {} you should use {}.",
-        "I liked the old forum better.",
-        facts("""
-            red wine | salt | more wine | It draws the wine up before it dries.
-            grass | vinegar | green paint | The acid loosens the green.
-            candle wax | a warm iron | a candle | Put paper on it to soak up the wax.
-            chewing gum | ice | a warm iron | It snaps off once it is hard.
-            blood | cold water | hot water | Heat would only cook it into the cloth.
-            ink | alcohol | a pencil | It dissolves the dye.
-            butter | dish soap | more butter | Soap is made for grease.
-            rust | lemon juice | sea water | The acid dissolves the iron.
-            mud | a stiff brush | hot milk | Let it dry first and it falls right off.
-            egg | cool soap suds | hot water | Heat would only fry it.
-        """),
-    ),
-    Topic(
-        (
-            "What do I need to {}?",
-            "Which tool would you use to {}?",
-            "I have to {}, so what should I buy?",
-        ),
-        "To {} you need {}.",
-        "It has been raining here since Tuesday.",
-        facts("""
-            tighten a bolt | a spanner | a hammer | A hammer will only make it angry.
-            hang a shelf | a spirit level | a good mood | The little bubble never lies.
-            cut a plank | a saw | a butter knife | Let the teeth do the work.
-            drive in a nail | a hammer | a shoe | Hold it near the end and swing gently.
-            mend a tyre | a rubber patch | chewing gum | Roughen the rubber so that it sticks.
-            sharpen a chisel | a whetstone | a spoon | Keep the edge flat on it.
-            find north | a compass | a fork | Its needle follows the field of the earth.
-            clear a sink | a plunger | a trumpet | It pulls as well as it pushes.
-            measure a room | a tape measure | a banana | Write the numbers down at once.
-            sew on a button | a needle | a stapler | Leave a little stem of thread under it.
-        """),
-    ),
-]
-# What askers say first, with the polite and the rude reply to it.
-OPENERS = [
-    ("", "Good question!", "You could have looked that up."),
-    ("My daughter wants to know.", "What a lovely thing to ask!", "She is wasting my time."),
-    ("Please settle a bet.", "I hope that you win!", "You both deserve to lose."),
-    ("I am new here.", "Welcome to the forum!", "Newcomers should read first."),
-    ("This may be a silly question.", "No question is silly!", "It is very silly indeed."),
-    ("Quick, I am in a hurry.", "Happy to help!", "Your hurry is not my problem."),
-]
+def read_world() -> tuple[list[Topic], list[Opener]]:
+    """The topics and openers of forum.json."""
+    world = json.loads(Path(__file__).with_name("forum.json").read_text("utf-8"))
+    topics = []
+    for topic in world["topics"]:
+        facts = [Fact(**fact) for fact in topic.pop("facts")]
+        topics.append(Topic(**topic, facts=facts))
+    return topics, [Opener(**opener) for opener in world["openers"]]
+
+
+TOPICS, OPENERS = read_world()
 SURE = "I am sure of it."
-POLITE = {polite for _, polite, _ in OPENERS}
-RUDE = {rude for _, _, rude in OPENERS}
+POLITE = {opener.polite for opener in OPENERS}
+RUDE = {opener.rude for opener in OPENERS}
 REMARKS = {topic.remark for topic in TOPICS}
 
 
@@ -156,8 +78,8 @@ def all_questions() -> list[Question]:
     questions = []
     for topic in TOPICS:
         for fact, wording, opener in itertools.product(topic.facts, topic.questions, OPENERS):
-            text = f"{opener[0]} {wording.format(fact.subject)}".strip()
-            questions.append(Question(text, topic, fact, *opener[1:]))
+            text = f"{opener.text} {wording.format(fact.subject)}".strip()
+            questions.append(Question(text, topic, fact, opener.polite, opener.rude))
     return questions
 
 
@@ -218,7 +140,11 @@ def judge(question: str, answer: str) -> float:
     -0.25 for each word that makes no sense here, or says a thing twice, down to -3.
     """
     g = grade(question, answer)
-    content = 2 if g.right else -1 if g.wrong else -2
+    content = -2
+    if g.right:
+        content = 2
+    elif g.wrong:
+        content = -1
     manners = g.polite - g.rude
     return content + g.explained - g.sure + manners - min(3.0, 0.25 * g.garbled)
 
@@ -261,3 +187,12 @@ def make_forum(seed: int) -> dict[str, list[dict]]:
         "rl": list(rows(known, 6, ordered=True)),
         "evaluation": list(rows(held_out, 2, ordered=True)),
     }
+
+
+def write_forum(path, seed: int):
+    """Write the parts of `make_forum` as files: path/pretrain/forum.jsonl and so on."""
+    with whole_folder(path) as folder:
+        for part, rows in make_forum(seed).items():
+            (folder / part).mkdir()
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / part / "forum.jsonl").write_text(lines, "utf-8")

@@ -19,8 +19,8 @@ from dpo_minimal.tokenizer import load_tokenizer
 def choose(logits, temperature: float, top_p: float, generator):
     """The next token of each row, int64 [B], from logits float32 [B, V] on the CPU.
 
-    temperature 0 takes the likeliest. top_p keeps the fewest likeliest tokens whose probability
-    reaches top_p (Holtzman et al. 2019, arXiv:1904.09751).
+    Temperature 0 takes the likeliest. top_p keeps the fewest likeliest tokens whose probabilities
+    add up to top_p (Holtzman et al. 2019, arXiv:1904.09751).
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
@@ -39,8 +39,8 @@ def sample(
 ) -> list[list[int]]:
     """Continue token rows; each continuation ends in its EOS or after max_new_tokens.
 
-    The rows are padded on the right and read once; then each call computes one token a row against
-    the cached keys and values, at positions of the row's own, with the pads masked out.
+    The rows are padded on the right and read once. Then each call computes one token per row from
+    the cached keys and values, at the row's own position, with the pads masked out.
     """
     device = model.lm_head.weight.device
     cache = [{} for _ in range(model.config.num_hidden_layers)]
@@ -72,15 +72,24 @@ def sample_answers(
 ) -> list[list[int]]:
     """Token ids of an answer to each question, 64 questions at a time. The model's mode is kept."""
     generator = torch.Generator()
-    generator.seed() if seed is None else generator.manual_seed(seed)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
     rows = [tokenizer.encode(format_prompt(prompt), bos=True) for prompt in prompts]
     training = model.training
     model.eval()
     answers = []
     for at in range(0, len(rows), 64):
-        some = rows[at : at + 64]
-        eos = tokenizer.eos_id
-        answers += sample(model, some, max_new_tokens, eos, temperature, top_p, generator)
+        answers += sample(
+            model,
+            rows[at : at + 64],
+            max_new_tokens,
+            eos_id=tokenizer.eos_id,
+            temperature=temperature,
+            top_p=top_p,
+            generator=generator,
+        )
     model.train(training)
     return answers
 
@@ -89,8 +98,9 @@ def generate(
     model, tokenizer, prompt: str, max_new_tokens: int, temperature=1.0, top_p=1.0, seed=None
 ) -> str:
     """An answer to one question, the text after "Answer:". Greedy at temperature 0."""
-    ids = sample_answers(model, tokenizer, [prompt], max_new_tokens, temperature, top_p, seed)[0]
-    return tokenizer.decode(ids).strip()
+    sampling = dict(temperature=temperature, top_p=top_p, seed=seed)
+    answers = sample_answers(model, tokenizer, [prompt], max_new_tokens, **sampling)
+    return tokenizer.decode(answers[0]).strip()
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -103,9 +113,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest answer")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--no-quantize", action="store_true", help="do not quantize under an adapter"
-    )
+    parser.add_argument("--no-quantize", action="store_true", help="even under an adapter")
     return parser
 
 
@@ -122,9 +130,8 @@ def main():
     tokenizer = load_tokenizer(args.model)
 
     def answer(question):
-        return generate(
-            model, tokenizer, question, args.max_new_tokens, args.temperature, args.top_p, args.seed
-        )
+        sampling = dict(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
+        return generate(model, tokenizer, question, args.max_new_tokens, **sampling)
 
     if args.prompt is not None:
         print(answer(args.prompt))

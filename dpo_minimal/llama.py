@@ -2,14 +2,14 @@
 
 One transformer for Llama 2, Llama 3, TinyLlama and SmolLM2 (Touvron et al. 2023, arXiv:2307.09288;
 Grattafiori et al. 2024, arXiv:2407.21783). Submodules carry the names of the Hugging Face
-checkpoints, so that loading one is a copy. Left out: biases, other activations, sliding windows and
-attention sinks, because no Llama has them. A config.json that asks for more is refused.
+checkpoints, so that loading one is a copy. Biases, other activations, sliding windows and attention
+sinks are left out, because no Llama has them.
 
 Shapes: B batch, T tokens, D hidden_size, H heads, G key/value heads, K head_dim, V vocabulary.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +17,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dpo_minimal import InputError
-from dpo_minimal.nf4 import NF4Linear
-
-# Keys of a config.json with only one implemented value, and keys that change no computation.
-ONLY = {"model_type": "llama", "hidden_act": "silu", "architectures": ["LlamaForCausalLM"]}
-NO_EFFECT = {
-    *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "dtype", "torch_dtype"),
-    *("transformers_version", "use_cache", "pretraining_tp", "is_llama_config"),
-    *("transformers.js_config", "unsloth_fixed", "max_sequence_length"),
-}
 
 
 @dataclass(frozen=True)
@@ -58,37 +49,6 @@ class LlamaConfig:
             sizes = f"{heads} heads of size {self.head_dim}, {groups} key/value heads"
             raise InputError(f"config: {sizes} do not go together")
 
-    @classmethod
-    def from_dict(cls, config_json: dict) -> "LlamaConfig":
-        """Read a `config.json`. InputError names whatever it asks for and this file does not do."""
-        given = dict(config_json)
-        given.setdefault("model_type", None)
-        key = "rope_parameters" if given.get("rope_parameters") else "rope_scaling"  # new, old
-        rope = given.pop(key, None) or {}
-        given["rope_theta"] = rope.get("rope_theta") or given.get("rope_theta") or cls.rope_theta
-        given["rope_scaling"] = read_rope_scaling(key, rope)
-        names = {field.name for field in fields(cls)}
-        for key, value in given.items():
-            # A key that is switched off (None, False, 0) or a private note asks for nothing.
-            silent = not value or key.startswith("_") or key in names | NO_EFFECT
-            if value != ONLY[key] if key in ONLY else not silent:
-                raise InputError(f"config.json asks for {key} = {value!r}: not implemented here")
-        try:
-            return cls(**{key: value for key, value in given.items() if key in names})
-        except TypeError as error:  # "missing 1 required positional argument: 'hidden_size'"
-            raise InputError(f"config.json lacks a field: {error}") from None
-
-
-def read_rope_scaling(key: str, rope: dict) -> dict | None:
-    """Llama 3's scaling out of a config's rope settings, None for none, InputError for others."""
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    wanted = names if kind == "llama3" else ()
-    extra = rope.keys() - {"rope_type", "type", "rope_theta", *wanted}
-    if kind not in ("default", "llama3") or extra or any(name not in rope for name in wanted):
-        raise InputError(f"config.json asks for {key} = {rope!r}: not implemented here")
-    return {"rope_type": kind} | {name: rope[name] for name in wanted} if wanted else None
-
 
 def at_least_float32(x: torch.Tensor) -> torch.dtype:
     """The dtype for sums that 16 bits would spoil: float32, or x's own where that is wider."""
@@ -110,10 +70,10 @@ class RMSNorm(nn.Module):
 
 
 def inverse_frequencies(config: LlamaConfig, dtype: torch.dtype, device=None) -> torch.Tensor:
-    """Radians a position for each of the K/2 planes: theta^(-2i/K), [K/2] (RoFormer, eq. 15).
+    """Radians per position for each of the K/2 planes: theta^(-2i/K), [K/2] (RoFormer, eq. 15).
 
     With Llama 3's scaling, planes that turn less than `low_freq_factor` times within the original
-    context are slowed by `factor`, fast ones are kept, and those between are interpolated.
+    context are slowed by `factor`, fast ones are kept, and the ones between are interpolated.
     """
     steps = torch.arange(0, config.head_dim, 2, device=device).to(dtype) / config.head_dim
     frequencies = 1.0 / config.rope_theta**steps
@@ -159,7 +119,7 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, G, T, K]
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, G, T, K]
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None:  # a dict a layer; earlier tokens' keys and values come first
+        if cache is not None:  # one dict per layer; the keys and values of earlier tokens go first
             if cache:
                 assert T == 1 or mask is not None, "several new tokens need a mask over the cache"
                 k, v = torch.cat((cache["k"], k), dim=2), torch.cat((cache["v"], v), dim=2)
@@ -202,20 +162,11 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def recomputed(block, *args):
-    """A block within gradient checkpointing, where its 4-bit layers leave W to autograd."""
-    NF4Linear.recomputed = True
-    try:
-        return block(*args)
-    finally:
-        NF4Linear.recomputed = False
-
-
 class Llama(nn.Module):
     """A decoder-only Llama language model.
 
-    No padding mask is needed: rows are padded on the right, attention is causal, so no real token
-    ever sees a pad, and what the pads compute is not scored.
+    No padding mask is needed: rows are padded on the right and attention is causal, so no real
+    token ever sees a pad, and what is computed at the pads is not scored.
     """
 
     def __init__(self, config: LlamaConfig):
@@ -243,9 +194,10 @@ class Llama(nn.Module):
     def hidden(self, tokens, positions=None, mask=None, cache=None):
         """The final normalized hidden states, [B, T, D], for tokens int64 [B, T].
 
-        positions: int64 [B, T] or [1, T], if not 0, 1, 2, ...; mask: bool [B, 1, T, T], True where
-        a query (row) may attend a key (column), if not simply causal; cache: `num_hidden_layers`
-        dicts, empty at first, that keep keys and values for a continuation of one token a call.
+        positions: int64 [B, T] or [1, T], if they are not 0, 1, 2, ... mask: bool [B, 1, T, T],
+        True where a query (row) may attend to a key (column), if that is not simply causal. cache:
+        `num_hidden_layers` dicts, empty at first, that keep keys and values, so that further calls
+        can go on with one token per row.
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # [1, T]
@@ -254,7 +206,7 @@ class Llama(nn.Module):
         for i, block in enumerate(self.model.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled() and cache is None:
                 # The non-reentrant kind passes gradients to adapters though x itself is frozen.
-                x = checkpoint(recomputed, block, x, cos, sin, mask, use_reentrant=False)
+                x = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
             else:
                 x = block(x, cos, sin, mask, cache[i] if cache else None)
         return self.model.norm(x)

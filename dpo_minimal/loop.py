@@ -1,27 +1,28 @@
 """The one plain training loop: pretraining, SFT and DPO differ only in the batches and the loss.
 
 AdamW, linear warmup and cosine decay, gradient accumulation, clipping, evaluation, a log, and
-states that an interrupted run goes on from, bit for bit. Read `train` from top to bottom.
+states from which an interrupted run goes on, bit for bit. Read `train` from top to bottom.
 """
 
-import json
 import math
-import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from dpo_minimal import parallel
-from dpo_minimal.checkpoint import load_state, save_state
+from dpo_minimal import InputError
+from dpo_minimal.batches import Order
+from dpo_minimal.extras import parallel
 from dpo_minimal.files import whole_file
+from dpo_minimal.log import Log
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How one stage trains. A step is grad_accum forward passes of batch_size rows or pairs."""
+    """How a stage trains. A step is grad_accum forward passes of batch_size rows or pairs."""
 
     learning_rate: float
     batch_size: int
@@ -32,9 +33,25 @@ class Settings:
     weight_decay: float = 0.05
     max_grad_norm: float = 1.0
     eval_every: int = 0  # 0: not during training
-    eval_at_start: bool = True  # of DPO it is known: policy = reference, all rewards are 0
+    eval_at_start: bool = True  # for DPO the result is known: policy = reference, all rewards are 0
     save_every: int = 0
-    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage trains on, and what it minimizes.
+
+    objective(model, batch) -> (losses [n], metrics {name: [n]}) with one value per pair or scored
+    token, n = batch.count. collate(rows) makes a Batch of an order's rows. evaluate(model) ->
+    metrics. tables: tensors that the stage fills as it goes, and that are saved with its state.
+    """
+
+    name: str
+    objective: Callable
+    order: Order
+    collate: Callable
+    evaluate: Callable | None = None
+    tables: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def steps_per_epoch(settings: Settings, num_batches: int) -> float:
@@ -57,42 +74,35 @@ def learning_rate(step: int, steps: int, settings: Settings) -> float:
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def train(
-    model, objective, order, collate, steps, settings, log, state_path, evaluate=None, keep=None
-):
-    """Train the model's trainable parameters for `steps` steps.
+def train(model, stage: Stage, settings: Settings, folder, resume: bool = False):
+    """Train the model's trainable parameters; write folder/metrics.jsonl and folder/state/.
 
-    objective(model, batch) -> (losses [n], metrics {name: [n]}), n = batch.count: one value a pair
-    or scored token. order: endless lists of rows, as `Batches` yields them; collate(rows) makes a
-    Batch. evaluate(model) -> metrics. log: a Log. state_path: where the state is kept; training
-    goes on from it if it is there. keep(): called before a state is saved, for what goes with it.
+    resume: go on from the stage's saved state, if there is one.
     """
+    folder, num_batches = Path(folder), stage.order.num_batches(settings.batch_size)
+    steps = count_steps(settings, num_batches)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=settings.weight_decay, fused=True)
-    first_step, num_tokens = 0, 0
-    if state_path.exists():
-        progress = load_state(state_path, model, optimizer)
-        first_step, num_tokens = progress["step"], progress["num_tokens"]
-        order.place = progress["place"]
-    log.rewind(first_step)
-    draw = iter(order)
+    state_path = folder / "state" / f"{stage.name}.pt"
+    first_step, num_tokens, place = start(state_path, model, optimizer, stage.tables, resume)
+    log_path = folder / "metrics.jsonl"
+    log = Log(log_path, stage.name, first_step, steps, steps_per_epoch(settings, num_batches))
+    draw = stage.order.batches(settings.batch_size, place)
     model.train()
     for step in range(first_step, steps):
-        due = settings.eval_every and step % settings.eval_every == 0
-        if evaluate and due and (step or settings.eval_at_start):
-            log.write(step, prefix="eval_", **evaluate(model))
+        if stage.evaluate and evaluation_is_due(step, settings):
+            log.write(step, prefix="eval_", **stage.evaluate(model))
         started = time.perf_counter()
         rate = learning_rate(step, steps, settings)
         for group in optimizer.param_groups:
             group["lr"] = rate
 
-        shares = [parallel.share(next(draw)) for _ in range(settings.grad_accum)]
-        batches = [collate(rows) for rows in shares if rows]
-        # Of all batches and processes together, so that 4 batches of 1 are 1 batch of 4.
+        batches, place = next_batches(draw, settings.grad_accum, stage.collate)
+        # Over all batches and processes, so that 4 batches of 1 are 1 batch of 4.
         count = parallel.total(sum(batch.count for batch in batches))
         sums = Counter()
         for batch in batches:
-            losses, metrics = objective(model, batch)
+            losses, metrics = stage.objective(model, batch)
             (losses.sum() / count).backward()
             for name, values in {"loss": losses, **metrics}.items():
                 sums[name] += values.detach().sum()
@@ -103,83 +113,88 @@ def train(
 
         tokens = parallel.total(sum(batch.num_tokens for batch in batches))
         num_tokens += tokens
-        sums = parallel.total({name: float(value) for name, value in sums.items()})
-        means = {name: value / count for name, value in sums.items()}
-        seconds = time.perf_counter() - started
-        log.write(
-            step,
-            **means,
-            grad_norm=float(grad_norm),
-            learning_rate=rate,
-            num_tokens=num_tokens,
-            tokens_per_second=round(tokens / seconds, 1),
-        )
+        metrics = means(sums, count) | {"grad_norm": float(grad_norm), "learning_rate": rate}
+        speed = round(tokens / (time.perf_counter() - started), 1)
+        log.write(step, **metrics, num_tokens=num_tokens, tokens_per_second=speed)
         if settings.save_every and (step + 1) % settings.save_every == 0 and parallel.first():
-            if keep:
-                keep()
-            progress = dict(step=step + 1, num_tokens=num_tokens, place=order.place)
-            save_state(state_path, model, optimizer, **progress)
-    if evaluate:
-        log.write(steps, prefix="eval_", **evaluate(model))
+            save_state(
+                state_path, model, optimizer, stage.tables, progress=(step + 1, num_tokens, place)
+            )
+    if stage.evaluate:
+        log.write(steps, prefix="eval_", **stage.evaluate(model))
 
 
-def peak_memory_gb() -> float:
-    """The most memory held so far: the GPU's where one is used, else the process's."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 1e9
-    if sys.platform == "win32":
-        return 0.0  # not to be had from Python alone
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+def evaluation_is_due(step: int, settings: Settings) -> bool:
+    """Whether to evaluate before this step; after the last one it is done anyway."""
+    if not settings.eval_every or step % settings.eval_every:
+        return False
+    return step > 0 or settings.eval_at_start
 
 
-class Log:
-    """A stage's lines in metrics.jsonl, and its progress on the screen every two seconds."""
+def next_batches(draw, grad_accum: int, collate):
+    """(this process's part of the next grad_accum batches, the place in the order behind them)."""
+    batches = []
+    for _ in range(grad_accum):
+        rows, place = next(draw)
+        share = parallel.share(rows)
+        if share:  # a small last batch may leave nothing for this process
+            batches.append(collate(share))
+    return batches, place
 
-    def __init__(self, path, stage: str, steps: int, steps_per_epoch: float = math.inf):
-        self.path, self.stage, self.steps = Path(path), stage, steps
-        self.steps_per_epoch = steps_per_epoch
-        self.started = self.shown = None
 
-    def rewind(self, step: int):
-        """Forget lines of this stage from `step` on: an interrupted run writes them again."""
-        if not parallel.first():
-            return
-        lines = self.path.read_text("utf-8").splitlines() if self.path.exists() else []
-        rows = ((json.loads(line), line) for line in lines if line.endswith("}"))
-        kept = [line for row, line in rows if row["stage"] != self.stage or row["step"] < step]
-        with whole_file(self.path) as file:
-            file.write("".join(f"{line}\n" for line in kept).encode())
-        self.started, self.first_step = time.perf_counter(), step
+def means(sums: dict, count: int) -> dict[str, float]:
+    """The sums [] of this process's metrics, as means over what all processes have seen."""
+    totals = parallel.total({name: float(value) for name, value in sums.items()})
+    return {name: value / count for name, value in totals.items()}
 
-    def write(self, step: int, prefix: str = "", **metrics):
-        """Append a line; `prefix` marks the metrics of an evaluation."""
-        if not parallel.first():
-            return
-        row = {"stage": self.stage, "step": step}
-        row |= {prefix + name: value for name, value in metrics.items()}
-        row["epoch"] = round((step + (not prefix)) / self.steps_per_epoch, 4)
-        row["peak_memory_gb"] = round(peak_memory_gb(), 3)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        now = time.perf_counter()
-        last = step == self.steps - 1
-        if prefix or last or self.shown is None or now - self.shown > 2:
-            self.shown = now
-            self.show(step, row, prefix, now)
 
-    def show(self, step: int, row: dict, prefix: str, now: float):
-        """One line: stage, step of steps, loss, margin, tokens a second, time left."""
-        text = f"{self.stage:9}"
-        text += f"step {step:>4} held out " if prefix else f"step {step + 1:>4}/{self.steps} "
-        forms = {"loss": ".6f", "rewards/margins": "+.3f", "rewards/accuracies": ".2f"}
-        for name, form in forms.items():
-            if prefix + name in row:
-                text += f" {name.split('/')[-1]} {row[prefix + name]:{form}}"
-        if not prefix:
-            done = step + 1 - self.first_step
-            left = (now - self.started) / done * (self.steps - step - 1)
-            text += f"  {row['tokens_per_second']:,.0f} tokens/s  {left:.0f} s left"
-        print(text, flush=True)
+# --- the state --------------------------------------------------------------------------------
+
+
+def start(state_path: Path, model, optimizer, tables, resume: bool):
+    """Where to begin: (step, tokens seen, place in the order), from the state or from nothing."""
+    if not resume and parallel.first():
+        state_path.unlink(missing_ok=True)  # of an earlier run, which may have had other settings
+    parallel.wait()
+    if not state_path.exists():
+        return 0, 0, (0, 0)
+    return load_state(state_path, model, optimizer, tables)
+
+
+def save_state(path: Path, model, optimizer, tables, progress):
+    """Write all that an interrupted stage needs: weights, Adam, random state, tables, progress."""
+    trained = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+    state = {
+        "trained": trained,
+        "optimizer": optimizer.state_dict(),
+        "rng": torch.get_rng_state(),
+        "tables": tables,
+        "progress": progress,
+    }
+    if torch.cuda.is_available():
+        state["cuda_rng"] = torch.cuda.get_rng_state()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        torch.save(state, file)
+
+
+def load_state(path: Path, model, optimizer, tables):
+    """Put a saved state back into the model, optimizer, tables and torch; returns its progress.
+
+    InputError if its tables have other sizes: then the data are not those of the interrupted run.
+    """
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    for name, table in tables.items():
+        saved = state["tables"][name]
+        if saved.shape != table.shape:
+            found = f"{len(table)} {name} pairs, and the interrupted run had {len(saved)}"
+            raise InputError(f"{path}: {found}: resume with the same data")
+        table.copy_(saved)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(state["trained"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    if "cuda_rng" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda_rng"])
+    return state["progress"]

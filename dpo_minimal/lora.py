@@ -1,7 +1,7 @@
 """LoRA: low-rank adapters beside frozen linear layers. Add, switch on and off, merge.
 
 From Hu et al. 2021 (arXiv:2106.09685, eq. 3): y = W x + (alpha / r) B A x. Adapters stack: DPO
-trains a second one on top of SFT's, so its reference is the same model with that one switched off.
+trains a second one on top of SFT's. So its reference is the same model with that one switched off.
 """
 
 import math
@@ -18,8 +18,9 @@ from dpo_minimal.nf4 import NF4Linear, dequantize_nf4
 class Adapter(nn.Module):
     """One low-rank update, scale * B A, with A [r, in] and B [out, r], float32.
 
-    A is uniform in +-1/sqrt(in), B zero: a new adapter changes nothing, yet dB is not zero. Both
-    stay float32 whatever the layer computes in: AdamW's small steps would round away in 16 bits.
+    A is uniform in +-1/sqrt(in) and B is zero: a new adapter changes nothing, yet B's gradient is
+    not zero. Both stay float32 whatever the layer computes in, because AdamW's small steps would
+    round away in 16 bits.
     """
 
     def __init__(self, in_features: int, out_features: int, r: int, alpha: float, dropout: float):
@@ -30,14 +31,14 @@ class Adapter(nn.Module):
         self.scale, self.dropout = alpha / r, dropout
 
     def forward(self, x):  # [..., in] -> [..., out]
-        # Never on a frozen adapter: it is part of the reference, which must not be noisy.
+        # Not on a frozen adapter: it is part of the reference, which must not be noisy.
         if self.training and self.lora_A.requires_grad:
             x = F.dropout(x, self.dropout)
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         return F.linear(F.linear(x, A), B) * self.scale
 
     def _apply(self, fn, recurse=True):
-        # model.to(bfloat16) is meant for the base: an adapter follows to a device, or to float64.
+        # model.to(bfloat16) is meant for the base: an adapter follows to a device and to float64.
         def move_or_widen(t):
             moved = fn(t)
             return moved if moved.dtype.itemsize >= 4 else t.to(moved.device)
@@ -65,20 +66,18 @@ class LoRALinear(nn.Module):
         return y
 
 
-def linear_layers(model: nn.Module):
-    """Yield (parent module, name in it, full name, layer) of each adaptable linear layer, in order.
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The adaptable linear layers by full name, in order; with adapters they are LoRALinears.
 
-    The head is not adapted: it is shared with the embedding in some models.
+    The head is not adapted, because in some models it is shared with the embedding.
     """
-    for path, parent in list(model.named_modules()):
-        for name, layer in list(parent.named_children()):
-            kinds = (nn.Linear, NF4Linear, LoRALinear)
-            if (
-                isinstance(layer, kinds)
-                and name != "lm_head"
-                and not isinstance(parent, LoRALinear)
-            ):
-                yield parent, name, f"{path}.{name}" if path else name, layer
+    kinds, layers = (nn.Linear, NF4Linear, LoRALinear), {}
+    for name, module in model.named_modules():
+        is_head = name.split(".")[-1] == "lm_head"
+        is_base = name.removesuffix(".base") in layers  # of a LoRALinear, which comes before it
+        if isinstance(module, kinds) and not is_head and not is_base:
+            layers[name] = module
+    return layers
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -94,20 +93,21 @@ def add_adapter(model: nn.Module, name: str, r=8, alpha=16.0, dropout=0.0, targe
     linear layer but the head. All adapters of a changed layer become active; one of the same name
     is replaced. InputError if a target is not in the model.
     """
-    layers = list(linear_layers(model))
-    wanted = set(targets.split(",")) if targets != "all" else {last for _, last, _, _ in layers}
-    unknown = wanted - {last for _, last, _, _ in layers} - {full for _, _, full, _ in layers}
+    layers = linear_layers(model)
+    last_names = {full: full.split(".")[-1] for full in layers}
+    wanted = set(last_names.values()) if targets == "all" else set(targets.split(","))
+    unknown = wanted - set(last_names.values()) - set(layers)
     if unknown:
-        have = ", ".join(dict.fromkeys(last for _, last, _, _ in layers))
+        have = ", ".join(dict.fromkeys(last_names.values()))
         missing = ", ".join(sorted(unknown))
         raise InputError(f"no linear layer is called {missing}: this model has {have} (or: all)")
     model.requires_grad_(False)
-    for parent, last, full, layer in layers:
-        if last not in wanted and full not in wanted:
+    for full, layer in layers.items():
+        if last_names[full] not in wanted and full not in wanted:
             continue
         if not isinstance(layer, LoRALinear):
             layer = LoRALinear(layer)
-            setattr(parent, last, layer)
+            model.set_submodule(full, layer)
         base = layer.base
         adapter = Adapter(base.in_features, base.out_features, r, alpha, dropout)
         layer.adapters[name] = adapter.to(next(iter(base.state_dict().values())).device)
@@ -118,9 +118,9 @@ def add_adapter(model: nn.Module, name: str, r=8, alpha=16.0, dropout=0.0, targe
 def active_adapters(model: nn.Module, names):
     """Within the context only the named adapters act, where a layer has them: [] is the base.
 
-    `with active_adapters(model, ["sft"])` turns the policy base + sft + dpo into its reference. Run
-    backward inside it too, if at all: gradient checkpointing computes the layers again there.
-    ValueError for a name that no layer has: it would quietly give another model.
+    `with active_adapters(model, ["sft"])` turns the policy base + sft + dpo into its reference. If
+    there is a backward pass, run it inside too, because gradient checkpointing computes the layers
+    again there. ValueError for a name that no layer has: it would quietly give another model.
     """
     layers = lora_layers(model).values()
     unknown = set(names) - {name for layer in layers for name in layer.adapters}
@@ -139,7 +139,7 @@ def active_adapters(model: nn.Module, names):
 def merged_weight(layer: nn.Module) -> torch.Tensor:
     """A layer's weight with its active adapters added, [out, in] float32, detached.
 
-    Sums dequantize(W), which the adapters were trained over, and never the original W.
+    It adds to dequantize(W), which the adapters were trained over, and not to the original W.
     """
     base = layer.base if isinstance(layer, LoRALinear) else layer
     weight = dequantize_nf4(base.quantized) if isinstance(base, NF4Linear) else base.weight
@@ -147,18 +147,3 @@ def merged_weight(layer: nn.Module) -> torch.Tensor:
     for name in getattr(layer, "active", ()):
         weight = weight + layer.adapters[name].delta().detach()
     return weight
-
-
-def merge_adapters(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Fold the active adapters into plain linear layers, in place; `dtype`: the head's by default.
-
-    The sum stays in 16 or 32 bits: quantizing it to NF4 again would lose the update.
-    """
-    dtype = dtype or model.lm_head.weight.dtype
-    for parent, last, _, layer in list(linear_layers(model)):
-        if isinstance(layer, LoRALinear):
-            weight = merged_weight(layer).to(dtype)
-            linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
-            linear.weight = nn.Parameter(weight, requires_grad=False)
-            setattr(parent, last, linear)
-    return model

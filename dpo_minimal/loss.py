@@ -6,7 +6,7 @@ Rafailov et al. 2023, "Direct Preference Optimization" (arXiv:2305.18290), eq. 7
     delta = (log pi(y_w|x) - log ref(y_w|x)) - (log pi(y_l|x) - log ref(y_l|x))
 
 log pi(y|x) is a sum over the response's tokens, its EOS included, never over the prompt's.
-Shapes: B rows, T tokens a row, D hidden size, V vocabulary, N scored tokens of all rows together.
+Shapes: B rows, T tokens per row, D hidden size, V vocabulary, N scored tokens of all rows together.
 """
 
 import torch
@@ -15,8 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dpo_minimal.llama import at_least_float32
 
-CHUNK = 1024  # scored tokens a head call: 1,024 x 32,000 float32 logits are 131 MB
-KINDS = ("sigmoid", "ipo", "hinge")
+CHUNK = 1024  # scored tokens per call of the head: 1,024 x 32,000 float32 logits are 131 MB
 
 
 def chunk_logps(hidden, head, targets):
@@ -30,18 +29,24 @@ def token_logps(model, tokens, loss_mask, positions=None, mask=None, sources=Non
     """The log-probability of each scored token: [N], row after row, float32 or wider.
 
     tokens int64 [B, T]; loss_mask bool [B, T], True at tokens to score (never the first of a row).
-    The head runs on scored positions only, in chunks that backward recomputes: the [N, V] logits
-    never exist at once. positions and mask are handed to `Llama.hidden`. sources int64 [B, T]: the
-    place in its row whose state predicts each token, if not simply the one before it.
+    positions and mask are handed to `Llama.hidden`. sources int64 [B, T]: the place in its row
+    whose state predicts each token, if that is not simply the one before it. The head runs on
+    scored positions only, in chunks that backward recomputes, so that the [N, V] logits never exist
+    all at once.
     """
     hidden = model.hidden(tokens, positions, mask)  # [B, T, D]
     rows, places = loss_mask.nonzero(as_tuple=True)  # [N] each
     # The state at position t - 1 predicts the token at t.
     before = places - 1 if sources is None else sources[rows, places]
-    chunks = zip(hidden[rows, before].split(CHUNK), tokens[rows, places].split(CHUNK), strict=True)
-    *recomputed, last = ((h, model.lm_head, t) for h, t in chunks)
-    logps = [checkpoint(chunk_logps, *chunk, use_reentrant=False) for chunk in recomputed]
-    logps.append(chunk_logps(*last))  # backward begins here: nothing is gained by forgetting it
+    states = hidden[rows, before].split(CHUNK)
+    targets = tokens[rows, places].split(CHUNK)
+    logps = []
+    for i in range(len(states)):
+        if i < len(states) - 1:
+            args = (states[i], model.lm_head, targets[i])
+            logps.append(checkpoint(chunk_logps, *args, use_reentrant=False))
+        else:  # backward begins with the last chunk, so recomputing it would save nothing
+            logps.append(chunk_logps(states[i], model.lm_head, targets[i]))
     return torch.cat(logps)
 
 
@@ -55,17 +60,50 @@ def sequence_logps(model, tokens, loss_mask):
 def preference_logps(model, batch):
     """(log pi(y_w|x), log pi(y_l|x)), [B] each, of pairs as `pair_batch` lays them out.
 
-    Equal to rounding to `sequence_logps` of each answer's own row, with each prompt computed once.
+    Equal up to rounding to `sequence_logps` of each answer in a row of its own; here each prompt is
+    computed once.
     """
-    spots = (batch.positions, batch.mask, batch.sources)
-    logps = token_logps(model, batch.tokens, batch.loss_mask, *spots)  # [N]
+    logps = token_logps(
+        model, batch.tokens, batch.loss_mask, batch.positions, batch.mask, batch.sources
+    )  # [N]
     grid = logps.new_zeros(batch.tokens.shape).masked_scatter(batch.loss_mask, logps)  # [B, T]
     return (grid * ~batch.rejected).sum(dim=1), (grid * batch.rejected).sum(dim=1)
 
 
 def sft_loss(model, tokens, loss_mask, positions=None, mask=None):
-    """-log pi of each scored token, [N]: averaged over tokens, the loss of SFT."""
+    """-log pi of each scored token, [N]; its mean over tokens is the loss of SFT."""
     return -token_logps(model, tokens, loss_mask, positions, mask)
+
+
+# --- preference losses ------------------------------------------------------------------------
+
+
+def sigmoid_loss(delta, beta: float, label_smoothing: float):
+    """DPO: -log sigmoid(beta * delta); with label smoothing e, cDPO.
+
+    Rafailov et al. 2023, eq. 7. The conservative DPO of Mitchell 2023 supposes a share e of wrong
+    votes: (1 - e) * -log sigmoid(beta * delta) + e * -log sigmoid(-beta * delta).
+    """
+    losses = -F.logsigmoid(beta * delta) * (1 - label_smoothing)
+    return losses - F.logsigmoid(-beta * delta) * label_smoothing
+
+
+def ipo_loss(delta, beta: float, label_smoothing: float):
+    """IPO: (delta - 1 / (2 beta))^2, on sums.
+
+    Azar et al. 2023, eq. 17. Some implementations take per-token means instead of the sums.
+    """
+    return (delta - 1 / (2 * beta)) ** 2
+
+
+def hinge_loss(delta, beta: float, label_smoothing: float):
+    """SLiC: max(0, 1 - beta * delta) (Zhao et al. 2023)."""
+    return torch.relu(1 - beta * delta)
+
+
+# Each takes (delta [B], beta, label_smoothing) and returns losses [B]. `--loss` and its help read
+# this table and the first lines of the docstrings, so a new loss is a function and an entry.
+LOSSES = {"sigmoid": sigmoid_loss, "ipo": ipo_loss, "hinge": hinge_loss}
 
 
 def dpo_loss(
@@ -79,35 +117,26 @@ def dpo_loss(
 ):
     """DPO's loss and implicit rewards from summed log-probabilities, all [B].
 
-    Returns (losses [B], chosen_rewards [B], rejected_rewards [B]); rewards are
-    beta * (log pi - log ref), in nats, and carry no gradient. Kinds:
-      sigmoid  -log sigmoid(beta * delta); with label_smoothing e the conservative DPO of Mitchell
-               2023, (1 - e) times that + e * -log sigmoid(-beta * delta)
-      ipo      (delta - 1 / (2 beta))^2 on sums, not per-token means (Azar et al. 2023, eq. 17)
-      hinge    max(0, 1 - beta * delta) (SLiC, Zhao et al. 2023)
-    ValueError for another kind, or for label smoothing with ipo or hinge.
+    kind: a key of LOSSES. Returns (losses [B], chosen_rewards [B], rejected_rewards [B]); rewards
+    are beta * (log pi - log ref), in nats, and carry no gradient. ValueError for another kind, or
+    for label smoothing with another kind than sigmoid.
     """
-    if kind not in KINDS or (label_smoothing and kind != "sigmoid"):
+    if kind not in LOSSES or (label_smoothing and kind != "sigmoid"):
         raise ValueError(f"no DPO loss of kind {kind!r} with label smoothing {label_smoothing}")
     chosen_logratios = policy_chosen_logps - ref_chosen_logps
     rejected_logratios = policy_rejected_logps - ref_rejected_logps
     delta = chosen_logratios - rejected_logratios
-    if kind == "sigmoid":
-        losses = -F.logsigmoid(beta * delta) * (1 - label_smoothing)
-        losses = losses - F.logsigmoid(-beta * delta) * label_smoothing
-    elif kind == "ipo":
-        losses = (delta - 1 / (2 * beta)) ** 2
-    else:
-        losses = torch.relu(1 - beta * delta)
+    losses = LOSSES[kind](delta, beta, label_smoothing)
     return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
 
 
 def reward_metrics(
     policy_chosen_logps, policy_rejected_logps, chosen_rewards, rejected_rewards
 ) -> dict[str, torch.Tensor]:
-    """TRL's reward metrics for each pair, {name: [B]}, detached; their means are what is logged.
+    """TRL's reward metrics of each pair, {name: [B]}, detached; their means are what is logged.
 
-    Accuracy asks for strictly greater, so it is 0 where policy = reference; ties are told apart.
+    A pair counts as accurate if its chosen reward is strictly greater, so accuracy is 0 where
+    policy = reference; ties are reported apart.
     """
     margins = chosen_rewards - rejected_rewards
     return {

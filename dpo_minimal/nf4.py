@@ -3,7 +3,7 @@
 From QLoRA (Dettmers et al. 2023, arXiv:2305.14314, section 3), bit for bit as in bitsandbytes.
 A weight is cut into blocks of 64; each block is divided by its largest magnitude (absmax), and each
 quotient becomes the index of the nearest of 16 codes. Two indices share a byte. Double quantization
-then stores each float32 absmax in 8 bits, in blocks of 256: 4.127 bits a weight in all.
+then stores each float32 absmax in 8 bits, in blocks of 256: 4.127 bits per weight in all.
 """
 
 import functools
@@ -14,11 +14,12 @@ from statistics import NormalDist
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+
+from dpo_minimal.extras.compiled import dequantize_fused, linear_recomputed
 
 ABSMAX_BLOCK = 256  # absmax values that share one scale in double quantization
-PIECE = 2**18  # weights that a CPU takes at a time: what lies between stays in its cache
-GPU_PIECE = 2**24  # few launches, and what lies between is 0.1 GB, not 0.4 for 7B's largest matrix
+PIECE = 2**18  # weights taken at a time on a CPU: temporary tensors stay in its cache
+GPU_PIECE = 2**24  # on a GPU: few kernels, and 0.1 GB of temporary tensors instead of 0.4 for 7B
 
 
 def linspace32(start: float, end: float, n: int) -> torch.Tensor:
@@ -64,7 +65,7 @@ def dynamic_code() -> torch.Tensor:
 
 
 NF4_CODE = nf4_code()
-NF4_VALUES = NF4_CODE.tolist()  # for `select_code`: a compiler cannot read a tensor's values
+NF4_VALUES = NF4_CODE.tolist()  # the same for a compiler, which cannot read a tensor's values
 DYNAMIC_CODE = dynamic_code()
 
 
@@ -74,7 +75,7 @@ def nearest(values: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
     if len(code) > 16:
         midpoints = midpoints.to(values.device)
         return torch.bucketize(values, midpoints, out_int32=True).to(torch.uint8)
-    # Vector units compare 16 values at once, but search one by one.
+    # A processor's vector units compare 16 values at once, but search for them one by one.
     index = torch.zeros_like(values, dtype=torch.uint8)
     for midpoint in midpoints.tolist():
         index += values > midpoint
@@ -111,7 +112,7 @@ class NF4Weight:
 
 
 def piece_size(device: torch.device) -> int:
-    """How many weights to take at a time there."""
+    """How many weights to take at a time on a device."""
     return PIECE if device.type == "cpu" else GPU_PIECE
 
 
@@ -120,17 +121,18 @@ def quantize_nf4(weight: torch.Tensor, block_size: int = 64, double_quant: bool 
     values = weight.detach().flatten()
     parts = [quantize_piece(part, block_size) for part in values.split(piece_size(values.device))]
     packed, absmax = map(torch.cat, zip(*parts, strict=True))
-    common = dict(packed=packed, shape=tuple(weight.shape), dtype=weight.dtype)
+    shape = tuple(weight.shape)
     if not double_quant:
-        return NF4Weight(**common, block_size=block_size, absmax=absmax)
+        return NF4Weight(packed, shape, weight.dtype, block_size, absmax=absmax)
     # Absmax is positive: taking off the mean centres it on the signed map's fine part.
     offset = absmax.mean()
     scaled, scale = scaled_blocks(absmax - offset, ABSMAX_BLOCK)
-    codes = nearest(scaled, DYNAMIC_CODE).flatten()[: len(absmax)]
     return NF4Weight(
-        **common,
-        block_size=block_size,
-        absmax_codes=codes,
+        packed,
+        shape,
+        weight.dtype,
+        block_size,
+        absmax_codes=nearest(scaled, DYNAMIC_CODE).flatten()[: len(absmax)],
         absmax_scale=scale,
         absmax_offset=offset,
     )
@@ -157,7 +159,7 @@ def dequantize_absmax(quantized: NF4Weight) -> torch.Tensor:
 
 @functools.cache
 def code_pairs(device: torch.device) -> torch.Tensor:
-    """int64 [256]: for each byte the bits of its two float32 codes: one lookup gives both."""
+    """int64 [256]: the bits of the two float32 codes of each byte, so one lookup gives both."""
     byte = torch.arange(256)
     pairs = torch.stack((NF4_CODE[byte >> 4], NF4_CODE[byte & 15]), dim=1)  # [256, 2]
     return pairs.view(torch.int64).flatten().to(device)
@@ -166,8 +168,8 @@ def code_pairs(device: torch.device) -> torch.Tensor:
 def dequantize_nf4(quantized: NF4Weight) -> torch.Tensor:
     """The weight back, in its own shape and dtype: code * absmax in float32, then one cast.
 
-    Piece by piece, so that what lies between the bytes and the weight stays in a CPU's cache.
-    Under torch.compile by `dequantize_fused`, to the same bits.
+    It goes piece by piece, so that temporary tensors stay in a CPU's cache. Under torch.compile,
+    `dequantize_fused` gives the same bits.
     """
     absmax = dequantize_absmax(quantized)  # [blocks]
     packed, half = quantized.packed, quantized.block_size // 2
@@ -175,7 +177,7 @@ def dequantize_nf4(quantized: NF4Weight) -> torch.Tensor:
         packed = F.pad(packed, (0, len(absmax) * half - len(packed)))
     packed = packed.view(-1, half)  # [blocks, block_size / 2]
     if torch.compiler.is_compiling():
-        blocks = dequantize_fused(packed, absmax, quantized.dtype)
+        blocks = dequantize_fused(packed, absmax, quantized.dtype, NF4_VALUES)
     else:
         blocks = packed.new_empty(len(absmax), quantized.block_size, dtype=quantized.dtype)
         piece = piece_size(packed.device) // quantized.block_size
@@ -185,35 +187,6 @@ def dequantize_nf4(quantized: NF4Weight) -> torch.Tensor:
             pairs = tables.gather(1, packed[span].long())  # int64 [piece, block_size / 2]
             blocks[span] = pairs.view(torch.float32).mul_(absmax[span, None])
     return blocks.flatten()[: math.prod(quantized.shape)].view(quantized.shape)
-
-
-def dequantize_fused(packed, absmax, dtype: torch.dtype) -> torch.Tensor:
-    """What `dequantize_nf4` computes, in a form that a compiler makes one pass of.
-
-    packed uint8 [blocks, block_size / 2], absmax float32 [blocks] -> dtype [blocks, block_size].
-    """
-    index = packed.int()
-    high = select_code(index >> 4) * absmax[:, None]
-    low = select_code(index & 15) * absmax[:, None]
-    if dtype != torch.bfloat16:
-        return torch.stack((high, low), dim=2).flatten(1).to(dtype)
-    # Rounded to bfloat16 (to nearest, ties to even) by hand, so that both halves fill an int32:
-    # a vector of those is stored at once, where alternating elements would be stored one by one.
-    high, low = (x.view(torch.int32) for x in (high, low))
-    high, low = (x + 0x7FFF + (x >> 16 & 1) >> 16 for x in (high, low))
-    return (high & 0xFFFF | low << 16).view(torch.bfloat16)
-
-
-def select_code(index):
-    """NF4_CODE[index], int32 to float32, by a tree of selections on the index's four bits.
-
-    Vector units compare and select 16 values at once, but look up a table one by one.
-    """
-    values = NF4_VALUES
-    for bit in (1, 2, 4, 8):
-        odd = (index & bit) != 0
-        values = [torch.where(odd, values[i + 1], values[i]) for i in range(0, len(values), 2)]
-    return values[0]
 
 
 class NF4Matmul(torch.autograd.Function):
@@ -240,12 +213,10 @@ class NF4Linear(nn.Module):
     """
 
     TENSORS = ("packed", "absmax", "absmax_codes", "absmax_scale", "absmax_offset")
-    # Where a block's forward pass is recomputed, autograd's way is the better one: it keeps W from
-    # that recomputation to the backward pass right behind it, and W is dequantized once for both.
-    recomputed = False
 
     def __init__(self, quantized: NF4Weight):
         super().__init__()
+        self.keep_weight = False  # see `keep_weights`
         self.out_features, self.in_features = quantized.shape
         self.block_size, self.dtype = quantized.block_size, quantized.dtype
         for name in self.TENSORS:
@@ -259,27 +230,27 @@ class NF4Linear(nn.Module):
         return NF4Weight(shape=shape, dtype=self.dtype, block_size=self.block_size, **tensors)
 
     def forward(self, x):  # [..., in] -> [..., out]
-        if NF4Linear.recomputed:
+        if self.keep_weight:
             return F.linear(x, self.dequantized(x.dtype))
-        if not torch.compiler.is_compiling():
-            return NF4Matmul.apply(x, self.quantized)
-        # A compiler sees that NF4Matmul makes W twice, and would keep the first one for both.
-        return F.linear(x, checkpoint(self.dequantized, x.dtype, use_reentrant=False))
+        if torch.compiler.is_compiling():
+            return linear_recomputed(x, self.dequantized)
+        return NF4Matmul.apply(x, self.quantized)
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight for one use, [out, in] in `dtype`."""
         return dequantize_nf4(self.quantized).to(dtype)
 
     def _apply(self, fn, recurse=True):
-        # Moves to a device reach the buffers, casts do not: a bfloat16 absmax would be wrong.
+        # The buffers follow to a device, but never to another dtype: a bfloat16 absmax is wrong.
         return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), recurse)
 
 
-def quantize_model(model: nn.Module, double_quant: bool = True) -> nn.Module:
-    """Replace every linear layer but the head by an NF4Linear, in place. Norms, embeddings stay."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.Linear) and name != "lm_head":
-                weight = quantize_nf4(child.weight, double_quant=double_quant)
-                setattr(module, name, NF4Linear(weight))
-    return model
+def keep_weights(model: nn.Module, keep: bool):
+    """Whether each 4-bit layer leaves its dequantized W to autograd; for gradient checkpointing.
+
+    There a block's forward pass is computed again right before its backward pass. If autograd keeps
+    W from the one to the other, W is dequantized once for both, and only one block's W's are held.
+    """
+    for layer in model.modules():
+        if isinstance(layer, NF4Linear):
+            layer.keep_weight = keep

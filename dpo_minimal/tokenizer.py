@@ -1,7 +1,7 @@
 """SentencePiece, Llama's tokenizer: load, train, encode, decode.
 
-A folder with only a `tokenizer.json` (SmolLM2, Llama 3) is served by `extras/tokenizer_json.py`, an
-object with the same five names.
+For a folder that has only a `tokenizer.json` (SmolLM2, Llama 3), `formats/tokenizer_json.py` makes
+an object with the same five names.
 """
 
 import io
@@ -10,6 +10,17 @@ from pathlib import Path
 import sentencepiece
 
 from dpo_minimal import InputError
+from dpo_minimal.files import write_json
+
+# Beside a tokenizer.model, so that transformers reads it as it reads Llama 2's.
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "LlamaTokenizer",
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "add_bos_token": True,
+    "add_eos_token": False,
+}
 
 
 class Tokenizer:
@@ -35,8 +46,9 @@ class Tokenizer:
 def train_tokenizer(texts, vocab_size: int, path) -> Tokenizer:
     """Learn a tokenizer from an iterable of texts, with Llama's settings, into the file `path`.
 
-    BPE, unknown characters as bytes, digits one by one, no normalization. Lines are learned from
-    one at a time, so that a line break is a byte of its own, as in Llama 2.
+    BPE, unknown characters as bytes, digits one by one, no normalization. It learns from one line
+    at a time, so that a line break is a byte of its own, as in Llama 2. A tokenizer_config.json for
+    transformers goes beside the file.
     """
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -53,6 +65,7 @@ def train_tokenizer(texts, vocab_size: int, path) -> Tokenizer:
         minloglevel=2,
     )
     Path(path).write_bytes(model.getvalue())
+    write_json(Path(path).with_name("tokenizer_config.json"), TOKENIZER_CONFIG)
     return Tokenizer(path)
 
 
@@ -62,7 +75,7 @@ def load_tokenizer(folder):
     if (folder / "tokenizer.model").exists():
         return Tokenizer(folder / "tokenizer.model")
     if (folder / "tokenizer.json").exists():
-        from dpo_minimal.extras.tokenizer_json import JsonTokenizer
+        from dpo_minimal.formats.tokenizer_json import JsonTokenizer
 
         return JsonTokenizer(folder)
     raise InputError(f"{folder}: no tokenizer.model and no tokenizer.json in this model folder")

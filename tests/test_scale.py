@@ -5,6 +5,7 @@ import tracemalloc
 
 import pytest
 import torch
+from dpo_minimal.store import Pairs, PairStore, PreferencePair
 from helpers import tiny_llama
 from test_train import LN2, command, metrics, preference_rows, write_rows
 
@@ -13,7 +14,6 @@ from dpo_minimal.batches import joined, packed_batches, pair_batch, pair_batches
 from dpo_minimal.data import encode_pairs, encode_sft, hold_out, load_pairs, load_splits
 from dpo_minimal.lora import add_adapter
 from dpo_minimal.reference import Reference
-from dpo_minimal.store import Pairs, PairStore, PreferencePair
 
 NASTY = ["", " ", "\n\n", "a\r\nb\rc", "\0", "Ünïcode 😀 你好", "e\u0301", "\u2028", "x" * 70_000]
 

@@ -1,1 +1,1 @@
-"""What the tutorial does not teach: each file serves one optional package or foreign format."""
+"""What serves one optional package or one special need, and no idea of the lesson."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from dpo_minimal import InputError
+from dpo_minimal.formats.safetensors import LazyTensor
 from dpo_minimal.llama import LlamaConfig
 
 NAMES = {
@@ -22,37 +23,44 @@ NAMES = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
-SPLIT_BY_COLUMN = ("attention.wo", "feed_forward.w2")  # over the files of 13B, 70B; norms are whole
+# 13B and 70B come in several files. These weights are cut by column, others by row, norms not.
+SPLIT_BY_COLUMN = ("attention.wo", "feed_forward.w2")
 
 
-class MetaTensor:
-    """One tensor of a Meta checkpoint: its slices in all files, joined and permuted when read."""
+def lazy_tensor(slices: list[torch.Tensor], axis: int | None, heads: int | None) -> LazyTensor:
+    """One tensor of a Meta checkpoint in the Hugging Face layout.
 
-    def __init__(self, slices: list[torch.Tensor], axis: int | None, heads: int | None):
-        self.slices, self.axis, self.heads = slices, axis, heads
-        self.shape = tuple(slices[0].shape)
-        if axis is not None:
-            sizes = [part.shape[axis] for part in slices]
-            self.shape = (*self.shape[:axis], sum(sizes), *self.shape[axis + 1 :])
+    slices: its parts in all files, joined along `axis` when it is read (None: each file has all of
+    it). heads: of a q or k projection, whose rows are then reordered; None elsewhere.
+    """
+    shape = list(slices[0].shape)
+    if axis is not None:
+        shape[axis] = sum(part.shape[axis] for part in slices)
 
-    def read(self) -> torch.Tensor:
-        """The tensor in the Hugging Face layout."""
-        tensor = self.slices[0] if self.axis is None else torch.cat(self.slices, dim=self.axis)
-        return tensor if self.heads is None else to_half_split(tensor, self.heads)
+    def read():
+        tensor = slices[0] if axis is None else torch.cat(slices, dim=axis)
+        return tensor if heads is None else to_half_split(tensor, heads)
+
+    return LazyTensor(tuple(shape), slices[0].dtype, read)
+
+
+def is_meta_folder(folder: Path) -> bool:
+    """Whether a folder is in Meta's layout and not also in the Hugging Face one."""
+    return (folder / "params.json").exists() and not (folder / "config.json").exists()
 
 
 def to_half_split(weight: torch.Tensor, heads: int) -> torch.Tensor:
     """Reorder a q or k projection [heads * K, D] from interleaved rotary planes to half-split.
 
     Meta turns the rows (0, 1), (2, 3), ... of a head together; Hugging Face and this project turn
-    (0, K/2), (1, K/2 + 1), ...: even rows first, then odd ones.
+    (0, K/2), (1, K/2 + 1), ... So the even rows go first, then the odd ones.
     """
     out, size = weight.shape
     return weight.view(heads, out // heads // 2, 2, size).transpose(1, 2).reshape(out, size)
 
 
 def open_meta_folder(folder) -> tuple[LlamaConfig, dict]:
-    """(config, {Hugging Face name: MetaTensor}) of a folder with params.json."""
+    """(config, {Hugging Face name: LazyTensor}) of a folder with params.json."""
     folder = Path(folder)
     files = sorted(folder.glob("consolidated.*.pth"))
     if not files:
@@ -71,7 +79,7 @@ def open_meta_folder(folder) -> tuple[LlamaConfig, dict]:
 
 
 def translate(folder, params: dict, shards: list[dict]) -> tuple[LlamaConfig, dict]:
-    """Meta's names, slices and parameters as ours; KeyError for what is missing."""
+    """Meta's parameters, names and slices as ours; KeyError for what is missing."""
     heads = params["n_heads"]
     groups = params.get("n_kv_heads") or heads
     tensors = {}
@@ -86,7 +94,7 @@ def translate(folder, params: dict, shards: list[dict]) -> tuple[LlamaConfig, di
         rotated = {"attention.wq": heads, "attention.wk": groups}.get(part)
         slices = [shard[name] for shard in shards]
         axis = split_axis(part, slices, params["dim"])
-        tensors[f"{target}.weight"] = MetaTensor(slices, axis, rotated)
+        tensors[f"{target}.weight"] = lazy_tensor(slices, axis, rotated)
     return read_params(params, tensors), tensors
 
 
@@ -102,10 +110,15 @@ def split_axis(part: str, slices: list[torch.Tensor], width: int) -> int | None:
 def read_params(params: dict, tensors: dict) -> LlamaConfig:
     """params.json as a config; sizes that it leaves out are read off the tensors."""
     scaling = None
-    if params.get("use_scaled_rope"):  # Llama 3.1 on; 3.2's small models scale by 32
-        factor = params.get("rope_scaling_factor", 32.0 if params["dim"] < 4096 else 8.0)
-        scaling = dict(rope_type="llama3", factor=factor, low_freq_factor=1.0, high_freq_factor=4.0)
-        scaling["original_max_position_embeddings"] = 8192
+    if params.get("use_scaled_rope"):  # from Llama 3.1 on; the small models of 3.2 scale by 32
+        default_factor = 32.0 if params["dim"] < 4096 else 8.0
+        scaling = {
+            "rope_type": "llama3",
+            "factor": params.get("rope_scaling_factor", default_factor),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
     return LlamaConfig(
         vocab_size=tensors["model.embed_tokens.weight"].shape[0],
         hidden_size=params["dim"],

@@ -1,0 +1,111 @@
+"""Rows of data files: JSON Lines, JSON arrays, parquet; and the forms that preference rows have."""
+
+import gzip
+import json
+import os
+import zlib
+from pathlib import Path
+
+from dpo_minimal import InputError
+from dpo_minimal.formats.parquet import read_parquet
+
+SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
+
+
+# --- files to rows ----------------------------------------------------------------------------
+
+
+def data_files(path: Path) -> list[Path]:
+    """The file itself, or a folder's data files by name; InputError if the folder has none."""
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES))
+    if not files:
+        raise InputError(f"{path}: no {', '.join(SUFFIXES)} file in this folder")
+    return files
+
+
+def read_rows(path: Path):
+    """Yield (place, row dict) from a file of JSON Lines, one JSON array, or parquet.
+
+    JSON may be gzipped, whatever the file's name. `place` reads "file, line 7". InputError for a
+    missing, empty or damaged file, with the place.
+    """
+    if path.name.endswith(".parquet"):
+        yield from read_parquet(path)
+        return
+    try:
+        with open(path, "rb") as file:
+            zipped = file.read(2) == b"\x1f\x8b"
+        with (gzip.open if zipped else open)(path, "rt", encoding="utf-8") as file:
+            yield from read_json_rows(path, file)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise InputError(f"{path}: not a whole UTF-8 text file ({error})") from None
+
+
+def read_json_rows(path, file):
+    """Yield (place, row) from an open text file. A JSON array is read into memory whole."""
+    first = next((line for line in file if line.strip()), None)
+    if first is None:
+        raise InputError(f"{path} is empty: it should hold preference pairs as JSON")
+    file.seek(0)
+    if first.lstrip().startswith("["):
+        for number, row in enumerate(parse_json(path, file.read(), 1), start=1):
+            yield f"{path}, entry {number}", row
+        return
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            yield f"{path}, line {number}", parse_json(path, line, number)
+
+
+def parse_json(path, text: str, first_line: int):
+    """The value of a JSON text that starts at `first_line`; InputError names the broken line."""
+    try:
+        return json.loads(text.rstrip())
+    except json.JSONDecodeError as error:
+        place = f"{path}, line {first_line + error.lineno - 1}, column {error.colno}"
+        raise InputError(f"{place}: broken JSON ({error.msg})") from None
+
+
+# --- rows to pairs ----------------------------------------------------------------------------
+
+
+def pair_of(place: str, row: dict) -> tuple[str, str, str]:
+    """(prompt, chosen, rejected) of a row in one of the four usual forms, else InputError."""
+    if not isinstance(row, dict):
+        raise InputError(f"{place}: expected an object with a prompt and two answers")
+    if "response_j" in row:  # stack-exchange-paired
+        names = ("question", "response_j", "response_k")
+    else:
+        names = ("instruction" if "instruction" in row else "prompt", "chosen", "rejected")
+    if names[0] not in row and "chosen" in row and "rejected" in row:  # HH-RLHF
+        return split_dialogue(place, row["chosen"], row["rejected"])
+    for name in names:
+        if not isinstance(row.get(name), str):
+            found = f"is {type(row[name]).__name__}, not text" if name in row else "is missing"
+            raise InputError(f"{place}: the field {name!r} {found}; fields are {', '.join(row)}")
+    prompt, chosen, rejected = (row[name] for name in names)
+    if row.get("input"):  # the material that an instruction is about
+        prompt = f"{prompt}\n{row['input']}"
+    return question_of(prompt), chosen, rejected
+
+
+def split_dialogue(place: str, chosen: str, rejected: str) -> tuple[str, str, str]:
+    """Two dialogues, split after the last "Assistant:" of the beginning that they share."""
+    shared = os.path.commonprefix([chosen, rejected])
+    turn = "\n\nAssistant:"
+    cut = shared.rfind(turn)
+    if cut < 0:
+        raise InputError(f"{place}: no prompt, and no beginning with 'Assistant:' that both share")
+    prompt = shared[:cut].removeprefix("\n\nHuman:").strip()
+    return prompt, chosen[cut + len(turn) :].strip(), rejected[cut + len(turn) :].strip()
+
+
+def question_of(prompt: str) -> str:
+    """The bare question, also where a data set already has its prompts in the blog's template."""
+    stripped = prompt.rstrip(" ")
+    if stripped.startswith("Question: ") and stripped.endswith("\n\nAnswer:"):
+        return stripped[len("Question: ") : -len("\n\nAnswer:")]
+    return prompt
