@@ -21,8 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
+from agree import agree, right_shapes
 from arrays import LARGEST, pack, unpack
-from ladder import Check, Problem, agree, draw, right_shapes
+from ladder import Check, Problem, draw
 from problems import NUMBERS, PROBLEMS, chosen
 from source import guard_imports, replace_bodies
 from variants import Variant, variant

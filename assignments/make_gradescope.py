@@ -17,8 +17,17 @@ from grade import HERE, PACKAGE, cut
 from problems import chosen
 
 GRADER = (
-    *("arrays.py", "calls.py", "calls_*.py", "chapter_*.py", "grade.py", "ladder.py"),
-    *("open_problem.py", "oracle*.py", "problems.py", "sandbox.py", "source.py", "variants.py"),
+    *("agree.py", "arrays.py", "calls.py", "calls_*.py", "chapter_*.py"),
+    *(
+        "grade.py",
+        "ladder.py",
+        "open_problem.py",
+        "oracle*.py",
+        "problems.py",
+        "sandbox.py",
+        "source.py",
+        "variants.py",
+    ),
     *("worker.py", "handout/by_hand.py"),
 )
 # The image's Python may be old or carry other packages: the grader has an environment of its own,

@@ -26,7 +26,7 @@ from variants import Variant, variant
 
 PUBLIC_SEED = 2024  # of the inputs that students see
 COPIED = ("train.py", "requirements.txt", "LICENSE")
-CHECKERS = ("arrays.py", "calls*.py", "ladder.py")  # know no answers
+CHECKERS = ("agree.py", "arrays.py", "calls*.py")  # know no answers
 SUFFIXES = (".py", ".md", ".txt", ".json", ".toml")
 NOTE = """> This is the tutorial of the full repository. Here `python train.py` runs once your
 > problems are solved. The tests, figures, benchmarks and files of numbers that the text names are

@@ -31,6 +31,7 @@ import make_handout  # noqa: E402
 import problems  # noqa: E402
 import solved  # noqa: E402
 import source  # noqa: E402
+from agree import agree  # noqa: E402
 from arrays import pack, unpack  # noqa: E402
 from problems import PROBLEMS, text_of  # noqa: E402
 from variants import AXES, COUNT, Variant, number_of, variant  # noqa: E402
@@ -132,10 +133,10 @@ def test_zeros_and_the_answer_to_another_draw_reach_no_rung(problem):
             expected = check.expect(inputs[check.rung], Variant())
             other = check.expect(others[check.rung], Variant())
         arrays = {n: np.zeros_like(e) for n, e in expected.items() if isinstance(e, np.ndarray)}
-        assert not arrays or ladder.agree(expected | arrays, expected, check.tolerance)
+        assert not arrays or agree(expected | arrays, expected, check.tolerance)
         seeded = check.rung not in ("options", "evaluation", "step 0", "one row")
         if seeded and inputs[check.rung] and "prompt" not in expected:
-            fits = ladder.agree(other, expected, check.tolerance)
+            fits = agree(other, expected, check.tolerance)
             assert (
                 fits or expected.get("encoded", 0) is None or expected == {"raised": "InputError"}
             )

@@ -14,8 +14,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import calls  # noqa: E402
+from agree import agree  # noqa: E402
 from arrays import unpack  # noqa: E402
-from ladder import agree  # noqa: E402
 
 CHECKS = sorted((HERE / "checks").iterdir())
 calls.warm_up()
