@@ -4,7 +4,7 @@
         [--variant N] [--seed N] [--hold-back RUNG ...] [--open FOLDER]
 
 The submission is a folder with the files that students change. Its code runs in children of
-`worker.py` only, and hands back arrays; expected values never leave this process.
+`grader/worker.py` only, and hands back arrays; expected values never leave this process.
 """
 
 import argparse
@@ -21,12 +21,13 @@ from pathlib import Path
 
 import numpy as np
 
-from agree import agree, right_shapes
-from arrays import LARGEST, pack, unpack
-from ladder import Check, Problem, draw
-from problems import NUMBERS, PROBLEMS, chosen
-from source import guard_imports, replace_bodies
-from variants import Variant, variant
+from grader.agree import agree, right_shapes
+from grader.arrays import LARGEST, pack, unpack
+from grader.source import guard_imports, replace_bodies
+from problems import open_problem
+from problems.all_problems import NUMBERS, PROBLEMS, chosen
+from problems.ladder import Check, Problem, draw
+from problems.variants import Variant, variant
 
 HERE = Path(__file__).resolve().parent
 PACKAGE = HERE.parent  # the taught code, or an already cut copy of it
@@ -81,7 +82,7 @@ class Grader:
         names = ("PATH", "LANG", "SYSTEMROOT", "LD_LIBRARY_PATH")
         environment = {name: os.environ[name] for name in names if name in os.environ}
         environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        command = [sys.executable, "-I", "-B", HERE / "worker.py"]
+        command = [sys.executable, "-I", "-B", HERE / "grader" / "worker.py"]
         pipe = subprocess.PIPE
         self.worker = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, text=True, env=environment, cwd=self.folder
@@ -276,8 +277,6 @@ def main():
     with Grader(variant(args.variant), seed, chosen(args.problems)) as grader:
         rows = grader.grade(args.submission)
     if args.open:
-        import open_problem
-
         rows += open_problem.grade(args.submission, args.open, seed)
     lacking = {"files", "calls"} - grader.layers
     note = f"seed {seed}, confined by {', '.join(sorted(grader.layers)) or 'nothing'}"

@@ -17,16 +17,16 @@ from pathlib import Path
 
 import numpy as np
 
-from arrays import pack
 from grade import HERE, PACKAGE, Grader, cut, report
-from ladder import Problem, draw
-from problems import NUMBERS, chosen, text_of
-from source import body_of, distinctive, functions, statements
-from variants import Variant, variant
+from grader.arrays import pack
+from grader.source import body_of, distinctive, functions, statements
+from problems.all_problems import NUMBERS, chosen, text_of
+from problems.ladder import Problem, draw
+from problems.variants import Variant, variant
 
 PUBLIC_SEED = 2024  # of the inputs that students see
 COPIED = ("train.py", "requirements.txt", "LICENSE")
-CHECKERS = ("agree.py", "arrays.py", "calls*.py")  # know no answers
+CHECKERS = ("__init__.py", "agree.py", "arrays.py", "calls*.py")  # know no answers
 SUFFIXES = (".py", ".md", ".txt", ".json", ".toml")
 NOTE = """> This is the tutorial of the full repository. Here `python train.py` runs once your
 > problems are solved. The tests, figures, benchmarks and files of numbers that the text names are
@@ -42,13 +42,13 @@ def make(out: Path, problems: list[Problem], v: Variant, hold_back=(), run: Path
     for name in COPIED:
         if (PACKAGE / name).exists():
             write(out / name, (PACKAGE / name).read_text("utf-8"))
-    for path in sorted(p for pattern in CHECKERS for p in HERE.glob(pattern)):
-        write(out / "tests" / path.name, path.read_text("utf-8"))
+    for path in sorted(p for pattern in CHECKERS for p in (HERE / "grader").glob(pattern)):
+        write(out / "tests" / "grader" / path.name, path.read_text("utf-8"))
     write(out / "tests" / "test_problems.py", (HERE / "handout" / "visible.py").read_text("utf-8"))
     for problem in problems:
         write_checks(out / "tests" / "checks", problem, v, hold_back)
     write(out / "PROBLEMS.md", problem_texts(problems, v, run is not None))
-    students = (HERE / "STUDENTS.md").read_text("utf-8")
+    students = (HERE / "handout" / "STUDENTS.md").read_text("utf-8")
     files = ", ".join(f"`{path}`" for path in dict.fromkeys(f for p in problems for f in p.files))
     filled = {"table": table(problems), "count": str(len(problems)), "files": files}
     filled["points"] = str(sum(problem.points for problem in problems))
@@ -179,7 +179,7 @@ def survivors(out: Path, answers: set[str]) -> list[str]:
 
 def check(out: Path, problems: list[Problem], v: Variant) -> list[str]:
     """What is wrong with a handout; [] if it may go out."""
-    import solved
+    from solutions import solved
 
     answers = removed(problems).keys() | solved.own_statements(problems)
     complaints = [f"an answer survives in {place}" for place in survivors(out, answers)]

@@ -16,13 +16,13 @@ import tempfile
 import time
 from pathlib import Path
 
-import solved
 from grade import Grader
-from hostile import HOSTILE
 from make_handout import make
-from problems import PROBLEMS
-from variants import COUNT, Variant, variant
-from wrong import WRONG, check_wrong
+from problems.all_problems import PROBLEMS
+from problems.variants import COUNT, Variant, variant
+from solutions import solved
+from solutions.hostile import HOSTILE
+from solutions.wrong import WRONG, check_wrong
 
 
 def lost(rows) -> set[str]:

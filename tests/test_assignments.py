@@ -25,17 +25,17 @@ sys.path.insert(0, str(ROOT / "assignments"))
 pytest.importorskip("resource")  # the grader runs where processes have limits, not on Windows
 
 import grade  # noqa: E402
-import ladder  # noqa: E402
 import make_gradescope  # noqa: E402
 import make_handout  # noqa: E402
-import problems  # noqa: E402
-import solved  # noqa: E402
-import source  # noqa: E402
-from agree import agree  # noqa: E402
-from arrays import pack, unpack  # noqa: E402
-from problems import PROBLEMS, text_of  # noqa: E402
-from variants import AXES, COUNT, Variant, number_of, variant  # noqa: E402
-from wrong import WRONG, check_wrong  # noqa: E402
+from grader import source  # noqa: E402
+from grader.agree import agree  # noqa: E402
+from grader.arrays import pack, unpack  # noqa: E402
+from problems import ladder  # noqa: E402
+from problems.all_problems import PROBLEMS, chosen, text_of  # noqa: E402
+from problems.variants import AXES, COUNT, Variant, number_of, variant  # noqa: E402
+from solutions import solved  # noqa: E402
+from solutions.hostile import HOSTILE  # noqa: E402
+from solutions.wrong import WRONG, check_wrong  # noqa: E402
 
 EVERYTHING = bool(os.environ.get("ASSIGNMENTS_EVERYTHING"))
 SAMPLE = [next(w for w in WRONG if w.problem == problem.name) for problem in PROBLEMS]
@@ -161,7 +161,7 @@ def test_a_draw_is_passed_over_where_a_mistake_does_no_harm_or_rounding_decides(
 
 
 def test_log_probabilities_to_be_graded_are_not_lost_in_rounding():
-    (problem,) = problems.chosen(["response_logps"])
+    (problem,) = chosen(["response_logps"])
     checks = {check.rung: check for check in problem.checks}
     for seed in range(200):
         rng = np.random.default_rng(seed)
@@ -203,8 +203,6 @@ def test_a_variant_asks_for_something_else_and_its_reference_gives_it(grader, ax
 
 
 def test_a_hostile_submission_loses_its_points_only(grader, tmp_path):
-    from hostile import HOSTILE
-
     canary = tmp_path / "canary"
     canary.write_text("untouched")
     names = ("forks without end", "reads the grader's files", "writes everywhere", "leaves at once")
@@ -310,7 +308,7 @@ def test_the_autograder_runs_from_its_zip_and_holds_no_answer(tmp_path):
         (place / name).mkdir(parents=True)
     with zipfile.ZipFile(BytesIO(data)) as archive:
         archive.extractall(place / "source")
-        assert not {"assignments/solved.py", "assignments/wrong.py"} & set(archive.namelist())
+        assert not any("solutions" in name for name in archive.namelist())
     submission(place)
     script = shutil.which("bash"), place / "source" / "run_autograder"
     environment = os.environ | {"AUTOGRADER": str(place), "PYTHON": sys.executable}
@@ -333,8 +331,6 @@ def test_the_autograder_installs_the_releases_that_the_repository_asks_for():
 
 
 def test_the_readme_counts_what_there_is():
-    from hostile import HOSTILE
-
     text = " ".join((ROOT / "assignments" / "README.md").read_text("utf-8").split())
     mistakes = sum(len(problem.bugs) for problem in PROBLEMS)
     for said in (

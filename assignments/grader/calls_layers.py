@@ -5,7 +5,7 @@ import types
 import torch
 from torch import nn
 
-from calls_tools import gradients, module, parameter, tensor
+from grader.calls_tools import gradients, module, parameter, tensor
 
 # --- the network ------------------------------------------------------------------------------
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-import oracle
-from ladder import Check, Problem, normal, only
+from grader import oracle
+from problems.ladder import Check, Problem, normal, only
 
 # --- RMSNorm ----------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Problems 13 and 14: texts to token rows with a mask, and the training loop."""
 
-import oracle_losses as oracle
-from ladder import Check, Problem, only
+from grader import oracle_losses as oracle
+from problems.ladder import Check, Problem, only
 
 # --- tokenization and masks -------------------------------------------------------------------
 

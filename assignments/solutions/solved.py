@@ -7,19 +7,17 @@ student's is.
 import ast
 import functools
 import inspect
-import sys
 import textwrap
 from dataclasses import astuple
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+import solutions.variants  # noqa: F401
+from grader.source import body_of, distinctive, functions, replace_function, statements
+from problems.all_problems import PROBLEMS, chosen
+from problems.variants import Variant
+from solutions.standard import ANSWERS
 
-import solutions.variants  # noqa: E402, F401
-from problems import PROBLEMS, chosen  # noqa: E402
-from solutions.standard import ANSWERS  # noqa: E402
-from source import body_of, distinctive, functions, replace_function, statements  # noqa: E402
-from variants import Variant  # noqa: E402
+ASSIGNMENTS = Path(__file__).resolve().parents[1]
 
 
 def solution(v: Variant) -> dict[str, str]:
@@ -33,8 +31,8 @@ def cached_solution(v: Variant) -> dict[str, str]:
     paths = {path for problem in PROBLEMS for path in problem.files}
     files = {}
     for path in sorted(paths):
-        taught = HERE.parent / path
-        place = taught if taught.exists() else HERE / "handout" / path
+        taught = ASSIGNMENTS.parent / path
+        place = taught if taught.exists() else ASSIGNMENTS / "handout" / path
         files[path] = place.read_text("utf-8")
     order = sorted(ANSWERS, key=lambda answer: answer[0] is not None)
     for choice, path, name, function in order:
@@ -89,7 +87,7 @@ def hostile_files(hostile, canary: Path) -> dict[str, str]:
     files = solution(Variant())
     code = textwrap.dedent(hostile.code).strip("\n")
     if "{" in code:
-        code = code.format(canary=canary, grader=HERE)
+        code = code.format(canary=canary, grader=ASSIGNMENTS)
     lines = files[hostile.file].splitlines()
     if hostile.function:
         first = body_of(functions(ast.parse(files[hostile.file]))[hostile.function])[0]

@@ -101,7 +101,7 @@ HOSTILE = [
         NORM,
         """
         import json, sys
-        for name in ("arrays", "calls", "__main__"):
+        for name in ("grader.arrays", "grader.calls", "__main__"):
             module = sys.modules.get(name)
             for key in ("pack", "run", "plain", "run_check"):
                 if hasattr(module, key):
@@ -134,7 +134,7 @@ HOSTILE = [
         places = {{"{grader}", os.getcwd(), *sys.path, *sys.argv}}
         found = ""
         for place in list(places):
-            for path in ("/oracle.py", "/problems.py", "/../oracle.py", "/../../oracle.py"):
+            for path in ("/grader/oracle.py", "/oracle.py", "/../oracle.py", "/../../oracle.py"):
                 try: found += open(str(place) + path).read()
                 except OSError: pass
         for path in ("/proc/%d/environ" % os.getppid(), "/proc/%d/mem" % os.getppid()):

@@ -1,14 +1,16 @@
 """All problems in order; the chapters hold them. `N. title` is what students see."""
 
-import chapter_adapters
-import chapter_bits
-import chapter_by_hand
-import chapter_losses
-import chapter_network
-import chapter_quantize
-import chapter_training
-from ladder import Problem
-from variants import Variant
+from problems import (
+    chapter_adapters,
+    chapter_bits,
+    chapter_by_hand,
+    chapter_losses,
+    chapter_network,
+    chapter_quantize,
+    chapter_training,
+)
+from problems.ladder import Problem
+from problems.variants import Variant
 
 PROBLEMS: tuple[Problem, ...] = (
     *chapter_network.PROBLEMS,

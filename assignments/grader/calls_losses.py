@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from calls_tools import gradients, module, parameter, tensor
+from grader.calls_tools import gradients, module, parameter, tensor
 
 
 class StandInModel(nn.Module):

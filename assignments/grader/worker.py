@@ -16,14 +16,13 @@ import time
 import traceback
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+ROOMS = str(Path(__file__).resolve().parents[1])
+sys.path.insert(0, ROOMS)  # `python -I` puts no folder of the script's there
 
 
 def main():
     """Serve jobs until stdin ends."""
-    import calls
-    import sandbox
+    from grader import calls, sandbox
 
     calls.warm_up()
     if sys.platform == "linux":
@@ -86,9 +85,9 @@ def children() -> list[int]:
 
 def run_child(job: dict, report: int):
     """Confine this process, then run the checks one by one."""
-    import calls
-    import sandbox
-    from arrays import pack, unpack
+    import grader
+    from grader import calls, sandbox
+    from grader.arrays import pack, unpack
 
     scratch, tree = Path(job["scratch"]), Path(job["tree"])
     messages = [Path(path).read_bytes() for path in job["inputs"]]
@@ -102,7 +101,8 @@ def run_child(job: dict, report: int):
     layers = sandbox.confine(scratch, readable, job["seconds"], job["memory"])
     os.write(report, " ".join(layers).encode())
     os.closerange(3, 1024)
-    sys.path[:] = [str(tree), *(p for p in sys.path if p != str(HERE))]
+    sys.path[:] = [str(tree), *(p for p in sys.path if p != ROOMS)]
+    grader.__path__ = []  # the submission can import nothing more of it
     for name, message in zip(job["checks"], messages, strict=True):
         result = run_check(calls, job, unpack(message))
         (scratch / "out" / name).write_bytes(pack(result))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from agree import agree
+from grader.agree import agree
 
 DRAWS = 4  # of which `draw` takes the best
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from calls_tools import module
+from grader.calls_tools import module
 
 
 class StandInTokenizer:

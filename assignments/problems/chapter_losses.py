@@ -2,9 +2,9 @@
 
 import numpy as np
 
-import oracle_losses
-from ladder import Check, Problem, normal, only
-from oracle import gradients
+from grader import oracle_losses
+from grader.oracle import gradients
+from problems.ladder import Check, Problem, normal, only
 
 FILE = "dpo_minimal/loss.py"
 

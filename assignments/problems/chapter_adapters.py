@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
-import oracle
-from ladder import Check, Problem, normal, only
+from grader import oracle
+from problems.ladder import Check, Problem, normal, only
 
 FILE = "dpo_minimal/lora.py"
 

@@ -7,8 +7,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-import solved
-from problems import chosen
+from problems.all_problems import chosen
+from solutions import solved
 
 
 class Wrong(NamedTuple):
@@ -33,7 +33,7 @@ def read(path: Path) -> list[Wrong]:
     return [w._replace(changes=[(f, *map("\n".join, c)) for f, *c in w.changes]) for w in found[1:]]
 
 
-WRONG = read(Path(__file__).parent / "solutions" / "wrong.txt")
+WRONG = read(Path(__file__).parent / "wrong.txt")
 
 
 def check_wrong(grader, wrong: Wrong) -> str | None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]  # of the repository, or of the autograder's zip
 POINTS, START, FULL, LARGEST_KL = 20, 1.0, 2.6, 2.0
 NEW_TOKENS, LARGEST_FILE, SECONDS = 64, 2**25, 240
 ANSWERS = 3  # to each question: the mean of 120 answers has a standard error of 0.2, of 360 of 0.1
@@ -51,8 +51,8 @@ def points(true_score: float, kl: float) -> float:
 
 def measure(adapter: str, folder: str, seed: int) -> dict[str, float]:
     """Sample answers with base + adapter and judge them. Runs apart, with the taught package."""
-    taught = HERE.parent / "taught"
-    sys.path.insert(0, str(taught if taught.exists() else HERE.parent))
+    taught = ROOT / "taught"
+    sys.path.insert(0, str(taught if taught.exists() else ROOT))
     import torch
 
     from dpo_minimal import evaluate, forum
