@@ -21,7 +21,7 @@ from make_handout import make
 from problems.all_problems import PROBLEMS
 from problems.variants import COUNT, Variant, variant
 from solutions import solved
-from solutions.hostile import HOSTILE
+from solutions.hostile import HOSTILE, hostile_files, touched
 from solutions.wrong import WRONG, check_wrong
 
 
@@ -85,9 +85,9 @@ def grade_hostile(hostile, folder: Path):
     canary, place = folder / "canary", folder / hostile.name
     canary.write_text("untouched")
     canary.chmod(0o600)
-    solved.write(place, solved.hostile_files(hostile, canary))
+    solved.write(place, hostile_files(hostile, canary))
     before = traces(canary, place)
-    with Grader(Variant(), 5, solved.touched(hostile)) as grader:
+    with Grader(Variant(), 5, touched(hostile)) as grader:
         rows = grader.grade(place)
     amiss = {
         f"lost {lost(rows) or 'nothing'}": lost(rows) != set(hostile.loses),

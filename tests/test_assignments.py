@@ -34,7 +34,7 @@ from problems import ladder  # noqa: E402
 from problems.all_problems import PROBLEMS, chosen, text_of  # noqa: E402
 from problems.variants import AXES, COUNT, Variant, number_of, variant  # noqa: E402
 from solutions import solved  # noqa: E402
-from solutions.hostile import HOSTILE  # noqa: E402
+from solutions.hostile import HOSTILE, hostile_files, touched  # noqa: E402
 from solutions.wrong import WRONG, check_wrong  # noqa: E402
 
 EVERYTHING = bool(os.environ.get("ASSIGNMENTS_EVERYTHING"))
@@ -207,8 +207,8 @@ def test_a_hostile_submission_loses_its_points_only(grader, tmp_path):
     canary.write_text("untouched")
     names = ("forks without end", "reads the grader's files", "writes everywhere", "leaves at once")
     for hostile in (h for h in HOSTILE if EVERYTHING or h.name in names):
-        place = solved.write(tmp_path / hostile.name, solved.hostile_files(hostile, canary))
-        with asking(grader, Variant(), solved.touched(hostile)):
+        place = solved.write(tmp_path / hostile.name, hostile_files(hostile, canary))
+        with asking(grader, Variant(), touched(hostile)):
             rows = grader.grade(place)
         if not {"files", "calls"} <= grader.layers:
             pytest.skip("this system confines nothing")

@@ -82,23 +82,10 @@ def change_within(source: str, name: str, old: str, new: str) -> str:
     return "".join([*lines[: node.lineno - 1], own.replace(old, new), *lines[node.end_lineno :]])
 
 
-def hostile_files(hostile, canary: Path) -> dict[str, str]:
-    """The reference solution with the hostile lines."""
-    files = solution(Variant())
-    code = textwrap.dedent(hostile.code).strip("\n")
-    if "{" in code:
-        code = code.format(canary=canary, grader=ASSIGNMENTS)
-    lines = files[hostile.file].splitlines()
-    if hostile.function:
-        first = body_of(functions(ast.parse(files[hostile.file]))[hostile.function])[0]
+def insert(source: str, name: str, code: str) -> str:
+    """Put lines at the beginning of a function, or of the file where no name is given."""
+    lines, at = source.splitlines(), 0
+    if name:
+        first = body_of(functions(ast.parse(source))[name])[0]
         at, code = first.lineno - 1, textwrap.indent(code, " " * first.col_offset)
-    else:
-        at = 0
-    files[hostile.file] = "\n".join([*lines[:at], code, *lines[at:]]) + "\n"
-    return files
-
-
-def touched(hostile):
-    """The problems that share its file, and one that does not."""
-    own = [problem for problem in PROBLEMS if hostile.file in problem.files]
-    return [*own, next(p for p in PROBLEMS if p not in own and p.name in ("merge", "rotary"))]
+    return "\n".join([*lines[:at], code, *lines[at:]]) + "\n"
