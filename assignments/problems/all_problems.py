@@ -1,4 +1,4 @@
-"""All problems in order; the chapters hold them. `N. title` is what students see."""
+"""The list of all problems, in order. Each is defined in a chapter; students see `N. title`."""
 
 from problems import (
     chapter_adapters,
@@ -26,7 +26,7 @@ NUMBERS = {problem.name: n for n, problem in enumerate(PROBLEMS, start=1)}
 
 
 def chosen(names: list[str] | None) -> list[Problem]:
-    """The problems of these names or numbers, all without any; KeyError for an unknown one."""
+    """The problems with these names or numbers, or all of them; KeyError for an unknown one."""
     known = {p.name: p for p in PROBLEMS} | {
         str(n): p for p, n in zip(PROBLEMS, NUMBERS.values(), strict=True)
     }

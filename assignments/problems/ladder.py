@@ -16,8 +16,8 @@ class Check:
     """One rung: inputs drawn from a seed, a call of the submission, what should come back.
 
     inputs(rng, variant) -> arguments of the call. expect(inputs, variant, bug) -> named arrays and
-    plain values; with a bug's name, what that mistake gives. A rung named "shape" compares shapes
-    alone and wants another answer for another draw. `said` is the feedback when it fails.
+    plain values; with a bug's name, what that mistake gives. The rung "shape" compares shapes only,
+    and wants another answer for other inputs. `said` is the feedback if the rung is missed.
     """
 
     rung: str
@@ -32,7 +32,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Problem:
-    """A hole to fill and its ladder. `bugs`: a usual mistake's name in the oracle: what to say."""
+    """A hole to fill and its ladder. `bugs`: {a usual mistake's name in the oracle: feedback}."""
 
     name: str
     title: str
@@ -43,7 +43,7 @@ class Problem:
     bugs: dict[str, str]
     banned: tuple[str, ...] = ()
     helpers: tuple[str, ...] = ()  # removed too, since they give answers away; not graded
-    changes: dict[str, str] = field(default_factory=dict)  # a variant's choice: what is asked
+    changes: dict[str, str] = field(default_factory=dict)  # {a variant's choice: what is asked}
     seconds: int = 10
     more_holes: dict[str, tuple[str, ...]] = field(default_factory=dict)  # in further files
     at_import: dict[str, str] = field(default_factory=dict)  # see source.guard_imports
@@ -60,10 +60,11 @@ class Problem:
 
 
 def draw(problem: Problem, v, seed: int) -> dict[str, dict]:
-    """The inputs of every check from the seed; the first rung has two draws.
+    """Draw the inputs of every check from the seed; those of the rung "shape" twice.
 
-    Of a few draws the best is taken, so that no grade hangs on the seed: now and then two products
-    nearly cancel and rounding decides, or a mistake does no harm (RMSNorm's root where it is 1).
+    The best of a few draws is taken, so that no grade depends on the seed. Now and then two
+    products nearly cancel and rounding decides, or a mistake does no harm (RMSNorm without its
+    root, where the root is 1).
     """
     inputs = {}
     for check in problem.checks:
@@ -76,7 +77,7 @@ def draw(problem: Problem, v, seed: int) -> dict[str, dict]:
 
 
 def worth(problem: Problem, check: Check, inputs: dict, v) -> tuple[bool, int]:
-    """(whether the answer stands far above roundings, how many mistakes would show clearly)."""
+    """(whether the answer is far above rounding errors, how many mistakes would show clearly)."""
     with np.errstate(all="ignore"):
         expected = check.expect(inputs, v)
         shaky = agree(check.expect(shaken(inputs), v), expected, check.tolerance / 10)
@@ -86,7 +87,7 @@ def worth(problem: Problem, check: Check, inputs: dict, v) -> tuple[bool, int]:
 
 
 def shaken(inputs: dict) -> dict:
-    """Float arrays with an error of the size of their own roundings."""
+    """The inputs with a rounding error added to every float array."""
     rng = np.random.default_rng(0)
 
     def shake(value):
@@ -114,5 +115,5 @@ def wide(inputs: dict) -> dict:
 
 
 def only(inputs: dict, *names: str) -> dict:
-    """Some of the inputs, wide, where they are there."""
+    """Those of the named inputs that are there, as float64."""
     return wide({name: inputs[name] for name in names if name in inputs})
