@@ -1,9 +1,9 @@
-"""Everything that an instructor may want to see proved, some minutes of it.
+"""Check on your machine what README.md says of the grader. All parts together take a while.
 
     python assignments/self_check.py [reference] [wrong] [hostile] [handout] [variants]
 
 reference  full points for several seeds; nothing for the empty handout
-wrong      each plausible wrong solution loses its rungs and no others, and is told its bug
+wrong      each plausible wrong solution loses its rungs and no others, and is told its mistake
 hostile    no submission gets a wrong point, ends the grader or touches anything outside
 handout    the visible tests pass on the reference and fail on the handout
 variants   full points for the reference of every variant
@@ -81,7 +81,7 @@ def check_hostile() -> int:
 
 
 def grade_hostile(hostile, folder: Path):
-    """(what is amiss after grading it, the layers that confined it)."""
+    """(what is wrong after grading it, the layers that confined it)."""
     canary, place = folder / "canary", folder / hostile.name
     canary.write_text("untouched")
     canary.chmod(0o600)

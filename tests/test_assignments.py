@@ -1,4 +1,4 @@
-"""The assignments: the reference gets all points, an empty handout none, wrong solutions are told.
+"""The assignments: the reference gets all points, an empty handout none, wrong ones lose theirs.
 
 One grader is used for everything here. `python assignments/self_check.py` has the rest: more
 seeds, every variant, the hostile submissions, the visible tests of a handout.

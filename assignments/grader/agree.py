@@ -1,4 +1,4 @@
-"""How what came back is compared with what is expected, and what is said of a difference."""
+"""Compare what came back with what is expected, and say in words how they differ."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def agree(got: dict, expected: dict, tolerance: float) -> str | None:
-    """None if all that is expected is there, else the first difference, without the answer."""
+    """None if all that is expected came back, else the first difference, without the answer."""
     for name, wanted in expected.items():
         if name not in got:
             return f"{name} did not come back"
@@ -43,7 +43,7 @@ def differ(got: Any, wanted: Any, tolerance: float) -> str | None:
 
 
 def same(got: Any, wanted: Any) -> bool:
-    """Equality of plain values; tuples are lists, and 1 is not True."""
+    """Whether plain values are equal. A tuple may equal a list, but 1 is not True."""
     if isinstance(wanted, (list, tuple)):
         return (
             isinstance(got, (list, tuple))
@@ -54,7 +54,7 @@ def same(got: Any, wanted: Any) -> bool:
 
 
 def right_shapes(first: dict, second: dict, expected: dict) -> str | None:
-    """For the first rung: shapes as expected, finite, and the answer depends on the inputs."""
+    """For the rung "shape": shapes are right, entries finite, and the inputs make a difference."""
     for name, wanted in expected.items():
         if not isinstance(wanted, np.ndarray):
             difference = differ(first.get(name), wanted, 0)

@@ -1,10 +1,10 @@
 """The grader's other process: imports torch once, then forks a confined child for each problem.
 
-    python -I worker.py FOLDER        one JSON job a line on stdin, one JSON answer a line on stdout
+    python -I -B worker.py        one JSON job per line on stdin, one JSON answer per line on stdout
 
-It runs no line of a submission itself and knows no expected value. A child is handed a tree with
-the submission's module, a scratch folder and the inputs of its checks; each check leaves a file
-of arrays in `scratch/out`. When a child is over, all that it started is ended too.
+It runs no code of a submission itself and knows no expected values. A child gets a folder with the
+submission's module, a scratch folder and the inputs of its checks. Each check leaves a file of
+arrays in `scratch/out`. When a child has ended, everything that it started is ended too.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 
 ROOMS = str(Path(__file__).resolve().parents[1])
-sys.path.insert(0, ROOMS)  # `python -I` puts no folder of the script's there
+sys.path.insert(0, ROOMS)  # `python -I` does not put the script's own folder there
 
 
 def main():

@@ -1,6 +1,6 @@
-"""Reference solutions as trees of files, and wrong ones. For instructors: imports the taught code.
+"""Reference solutions as {path: text}, and what spoils them.
 
-A submission is the taught code with functions replaced, as text, so that it is graded as a
+A solution is the text of the taught code with some functions replaced, so that it is graded as a
 student's is.
 """
 
@@ -50,7 +50,7 @@ def write(folder: Path, files: dict[str, str]) -> Path:
 
 
 def own_statements(problems) -> set[str]:
-    """The distinctive statements of the answers to these problems that the taught code lacks."""
+    """The distinctive statements of the answers to these problems that `solutions/` adds."""
     holes = {(path, hole) for p in problems for path, own in p.files.items() for hole in own}
     chosen = [function for _, path, name, function in ANSWERS if (path, name) in holes]
     nodes = [ast.parse(inspect.getsource(function)) for function in chosen]

@@ -1,6 +1,6 @@
-"""Plausible wrong solutions, read from `solutions/wrong.txt`, and what the grader must say of them.
+"""Plausible wrong solutions, read from `wrong.txt`, and what the grader must say about them.
 
-Many are the zoo's of tests/bugs.py, in the places where students would put them.
+Many are those of tests/bugs.py, in the places where students would put them.
 """
 
 import tempfile
@@ -12,7 +12,7 @@ from solutions import solved
 
 
 class Wrong(NamedTuple):
-    """Changes (function, old, new) of the reference; `bug` "-": a rung's own words must do."""
+    """Changes (function, old, new) of the reference; `bug` "-": no mistake has to be named."""
 
     problem: str
     bug: str
@@ -37,7 +37,7 @@ WRONG = read(Path(__file__).parent / "wrong.txt")
 
 
 def check_wrong(grader, wrong: Wrong) -> str | None:
-    """What is amiss with how it is graded, or None."""
+    """What is wrong with how it is graded, or None."""
     (problem,) = chosen([wrong.problem])
     files = solved.spoiled(grader.v, wrong.problem, wrong.changes)
     with tempfile.TemporaryDirectory() as folder:
