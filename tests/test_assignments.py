@@ -195,8 +195,9 @@ def test_a_variant_asks_for_something_else_and_its_reference_gives_it(grader, ax
         with asking(grader, v, changed):
             assert not lost(grader.grade(submission(tmp_path / choice.replace("/", " "), v)))
             taught = lost(grader.grade(submission(tmp_path / "taught", Variant())))
-        # cDPO is in the taught code already: that variant only asks for it.
-        assert taught == {p.name for p in changed} - ({"dpo_loss"} if v.loss == "ipo" else set())
+        # The taught code has these two already: the variants only ask for them.
+        right = {"ipo": {"dpo_loss"}, "cdpo": {"dpo_loss", "dpo_gradient"}}.get(v.loss, set())
+        assert taught == {p.name for p in changed} - right
 
 
 # --- what a submission may not do -------------------------------------------------------------
