@@ -3,8 +3,8 @@
     python assignments/grade.py SUBMISSION [--json results.json] [--problems NAME ...]
         [--variant N] [--seed N] [--hold-back RUNG ...] [--open FOLDER]
 
-The submission is a folder with the files that students change. Its code runs in children of
-`worker.py` only, and hands back arrays; expected values never leave this process.
+The submission is a folder with the files that students change. Its code runs only in child
+processes of `grader/worker.py` and returns arrays. Expected values never leave this process.
 """
 
 import argparse
@@ -21,22 +21,24 @@ from pathlib import Path
 
 import numpy as np
 
-from arrays import LARGEST, pack, unpack
-from ladder import Check, Problem, agree, draw, right_shapes
-from problems import NUMBERS, PROBLEMS, chosen
-from source import guard_imports, replace_bodies
-from variants import Variant, variant
+from grader.agree import agree, right_shapes
+from grader.arrays import LARGEST, pack, unpack
+from grader.source import guard_imports, replace_bodies
+from problems import open_problem
+from problems.all_problems import NUMBERS, PROBLEMS, chosen
+from problems.ladder import Check, Problem, draw
+from problems.variants import Variant, variant
 
 HERE = Path(__file__).resolve().parent
-PACKAGE = HERE.parent  # the taught code, or an already cut copy of it
+PACKAGE = HERE.parent  # the taught code; in the autograder's zip a copy with holes
 MEMORY = 2**30  # bytes that a child may take beyond what torch itself has mapped
 LARGEST_FILE = 2**20
-SWITCHES = ("DisableTorchFunction", "_python_dispatch", "torch.overrides")  # around a refusal
-AGAIN = 5  # seconds for the rest of a problem after a check that hung
+SWITCHES = ("DisableTorchFunction", "_python_dispatch", "torch.overrides")  # ways around a refusal
+AGAIN = 5  # seconds for the other checks of a problem after one has hung
 
 
 def cut(package: Path, problems) -> dict[str, str]:
-    """The package's files as students get them: {path: text}, every hole a NotImplementedError."""
+    """The package's files as students get them, {path: text}; holes raise NotImplementedError."""
     paths = sorted(package.glob("dpo_minimal/**/*.py"))
     files = {str(p.relative_to(package)): p.read_text("utf-8") for p in paths}
     for problem in problems:
@@ -54,7 +56,7 @@ def cut(package: Path, problems) -> dict[str, str]:
 
 
 def submitted(folder: Path, path: str) -> str | None:
-    """The text of a submitted file, at its place or by its name alone, also one folder deeper."""
+    """The text of a submitted file, found at its path or by its name, also one folder deeper."""
     name = Path(path).name
     folders = [folder, *sorted(child for child in folder.iterdir() if child.is_dir())]
     for place in (f / p for f in folders for p in (path, name, f"dpo_minimal/{name}")):
@@ -80,7 +82,7 @@ class Grader:
         names = ("PATH", "LANG", "SYSTEMROOT", "LD_LIBRARY_PATH")
         environment = {name: os.environ[name] for name in names if name in os.environ}
         environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        command = [sys.executable, "-I", "-B", HERE / "worker.py"]
+        command = [sys.executable, "-I", "-B", HERE / "grader" / "worker.py"]
         pipe = subprocess.PIPE
         self.worker = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, text=True, env=environment, cwd=self.folder
@@ -94,11 +96,11 @@ class Grader:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def grade(self, submission: Path) -> list[dict]:
-        """Every problem's rungs, each {problem, rung, score, max, output, visible}."""
+        """Grade all problems: their rungs, each {problem, rung, score, max, output, visible}."""
         return [row for problem in self.problems for row in self.grade_problem(submission, problem)]
 
     def grade_problem(self, submission: Path, problem: Problem) -> list[dict]:
-        """One problem: the submission's own files for it, everything else as handed out."""
+        """Grade one problem: its files are the submission's, all others are as handed out."""
         own = {path: submitted(submission, path) for path in problem.files}
         missing = [path for path, text in own.items() if text is None]
         files = self.empty | {path: text for path, text in own.items() if text is not None}
@@ -123,7 +125,7 @@ class Grader:
         return rows
 
     def run(self, problem: Problem, files: dict[str, str], inputs: dict) -> dict[str, dict]:
-        """What each check gave back, by name; a child that hangs or dies costs one check."""
+        """What each check returned, by name. A child that hangs or dies costs one check."""
         place = Path(tempfile.mkdtemp(dir=self.folder))
         place.chmod(0o711)
         tree = place / "tree"
@@ -145,7 +147,7 @@ class Grader:
         return results | {name: {"error": "not reached in time"} for name in left}
 
     def run_child(self, problem: Problem, place: Path, inputs: dict, seconds: int):
-        """(how the child ended, {check: what it left}) of one child of the worker."""
+        """Let the worker run one child. Returns how it ended and {check: what it left}."""
         scratch = Path(tempfile.mkdtemp(dir=place))
         (scratch / "out").mkdir(mode=0o777)
         (scratch / "out").chmod(0o777)
@@ -167,7 +169,7 @@ class Grader:
 
 
 def read_result(path: Path) -> dict | None:
-    """A result file: only a plain one of decent size counts, whatever else was put there."""
+    """Read a result file, if it is a plain one of decent size; a child may put anything there."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
@@ -183,7 +185,7 @@ def read_result(path: Path) -> dict | None:
 
 def judge(problem: Problem, check: Check, inputs, got: dict, again: dict, v: Variant) -> str | None:
     """None if the rung is reached, else the feedback."""
-    if got.get("empty") is True:  # it may be anything: a child can write what it likes
+    if got.get("empty") is True:  # not just true: a child may have written anything
         return "Not written yet."
     if "error" in got or not got:
         error, place = printable(got.get("error", "gave nothing back")), got.get("place")
@@ -202,7 +204,7 @@ def judge(problem: Problem, check: Check, inputs, got: dict, again: dict, v: Var
 
 
 def likely_bug(problem: Problem, check: Check, inputs, got, expected, v: Variant) -> str | None:
-    """What to say of the usual mistake that gives just this, if there is one."""
+    """The feedback on the usual mistake that gives exactly these numbers, if there is one."""
     tolerance = max(check.tolerance, 1e-4) if check.tolerance else 0
     for bug, said in problem.bugs.items():
         mistaken = check.expect(inputs, v, bug)
@@ -213,12 +215,12 @@ def likely_bug(problem: Problem, check: Check, inputs, got, expected, v: Variant
 
 
 def printable(text) -> str:
-    """A short line of what a submission said."""
+    """What a submission said, as one short line."""
     return "".join(c if c.isprintable() else " " for c in str(text))[:300].rstrip(". ")
 
 
 def results_of(rows: list[dict], hold_back=(), seconds=0.0, note="") -> dict:
-    """Gradescope's results.json; held-back rungs show when the instructor publishes grades."""
+    """The content of results.json. Students see held-back rungs once grades are published."""
     titles = {problem.name: problem.title for problem in PROBLEMS}
     tests = []
     for row in rows:
@@ -275,8 +277,6 @@ def main():
     with Grader(variant(args.variant), seed, chosen(args.problems)) as grader:
         rows = grader.grade(args.submission)
     if args.open:
-        import open_problem
-
         rows += open_problem.grade(args.submission, args.open, seed)
     lacking = {"files", "calls"} - grader.layers
     note = f"seed {seed}, confined by {', '.join(sorted(grader.layers)) or 'nothing'}"

@@ -14,15 +14,11 @@ import zipfile
 from pathlib import Path
 
 from grade import HERE, PACKAGE, cut
-from problems import chosen
+from problems.all_problems import chosen
 
-GRADER = (
-    *("arrays.py", "calls.py", "calls_*.py", "chapter_*.py", "grade.py", "ladder.py"),
-    *("open_problem.py", "oracle*.py", "problems.py", "sandbox.py", "source.py", "variants.py"),
-    *("worker.py", "handout/by_hand.py"),
-)
-# The image's Python may be old or carry other packages: the grader has an environment of its own,
-# where every user may read it, so that submissions can run as nobody.
+GRADER = ("grade.py", "grader/*.py", "problems/*.py", "handout/by_hand.py")
+# The image's Python may be old or have other packages, so the grader gets its own environment. It
+# lies where every user may read it, so that submissions can run as the user nobody.
 SETUP = """#!/usr/bin/env bash
 set -euo pipefail
 apt-get update
@@ -70,7 +66,7 @@ def files_of(problems, options: list[str], run: Path | None) -> dict[str, bytes]
 
 
 def make_zip(members: dict[str, bytes]) -> bytes:
-    """The members as a zip; the scripts may be executed."""
+    """The members as a zip; the scripts are executable."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in members.items():

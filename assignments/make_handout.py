@@ -1,10 +1,10 @@
-"""Make a fresh tree for students: the taught code with holes, visible tests, texts, no history.
+"""Make a new folder for students: the taught code with holes, visible tests, texts, no history.
 
     python assignments/make_handout.py OUT [--problems NAME ...] [--variant N]
         [--hold-back RUNG ...] [--open RUN] [--no-check]
 
-Then it checks what it made: the reference gets full points on it, the empty tree none, and no
-statement that was cut out survives anywhere in it.
+Then it checks what it made: the reference gets full points, the empty handout gets none, and no
+statement that was cut out is left anywhere in it.
 """
 
 import argparse
@@ -17,16 +17,16 @@ from pathlib import Path
 
 import numpy as np
 
-from arrays import pack
 from grade import HERE, PACKAGE, Grader, cut, report
-from ladder import Problem, draw
-from problems import NUMBERS, chosen, text_of
-from source import body_of, distinctive, functions, statements
-from variants import Variant, variant
+from grader.arrays import pack
+from grader.source import body_of, distinctive, functions, statements
+from problems.all_problems import NUMBERS, chosen, text_of
+from problems.ladder import Problem, draw
+from problems.variants import Variant, variant
 
 PUBLIC_SEED = 2024  # of the inputs that students see
 COPIED = ("train.py", "requirements.txt", "LICENSE")
-CHECKERS = ("arrays.py", "calls*.py", "ladder.py")  # know no answers
+CHECKERS = ("__init__.py", "agree.py", "arrays.py", "calls*.py")  # they know no answers
 SUFFIXES = (".py", ".md", ".txt", ".json", ".toml")
 NOTE = """> This is the tutorial of the full repository. Here `python train.py` runs once your
 > problems are solved. The tests, figures, benchmarks and files of numbers that the text names are
@@ -35,20 +35,20 @@ NOTE = """> This is the tutorial of the full repository. Here `python train.py` 
 
 
 def make(out: Path, problems: list[Problem], v: Variant, hold_back=(), run: Path | None = None):
-    """Write the tree into a folder that does not exist yet."""
+    """Write the handout into a folder that does not exist yet."""
     out.mkdir(parents=True)
     for path, text in cut(PACKAGE, problems).items():
         write(out / path, text)
     for name in COPIED:
         if (PACKAGE / name).exists():
             write(out / name, (PACKAGE / name).read_text("utf-8"))
-    for path in sorted(p for pattern in CHECKERS for p in HERE.glob(pattern)):
-        write(out / "tests" / path.name, path.read_text("utf-8"))
+    for path in sorted(p for pattern in CHECKERS for p in (HERE / "grader").glob(pattern)):
+        write(out / "tests" / "grader" / path.name, path.read_text("utf-8"))
     write(out / "tests" / "test_problems.py", (HERE / "handout" / "visible.py").read_text("utf-8"))
     for problem in problems:
         write_checks(out / "tests" / "checks", problem, v, hold_back)
     write(out / "PROBLEMS.md", problem_texts(problems, v, run is not None))
-    students = (HERE / "STUDENTS.md").read_text("utf-8")
+    students = (HERE / "handout" / "STUDENTS.md").read_text("utf-8")
     files = ", ".join(f"`{path}`" for path in dict.fromkeys(f for p in problems for f in p.files))
     filled = {"table": table(problems), "count": str(len(problems)), "files": files}
     filled["points"] = str(sum(problem.points for problem in problems))
@@ -71,7 +71,7 @@ def write(path: Path, text: str):
 
 
 def write_checks(folder: Path, problem: Problem, v: Variant, hold_back):
-    """The visible rungs' inputs and expected values, of the public seed, a file each."""
+    """Write a file per visible rung: its inputs from the public seed, and what is expected."""
     folder.mkdir(parents=True, exist_ok=True)
     inputs = draw(problem, v, PUBLIC_SEED)
     for n, check in enumerate(problem.checks):
@@ -88,12 +88,12 @@ def write_checks(folder: Path, problem: Problem, v: Variant, hold_back):
 
 
 def command_of(problem: Problem) -> str:
-    """What runs a problem's visible tests."""
+    """The command that runs a problem's visible tests."""
     return f"python -m pytest tests -k p{NUMBERS[problem.name]:02}"
 
 
 def table(problems: list[Problem]) -> str:
-    """A line a problem: number, file, functions, points, command."""
+    """A line per problem and file: number, file, functions, points, command."""
     lines = [
         "| problem | file | to write | points | its tests |",
         "| --- | --- | --- | --- | --- |",
@@ -127,7 +127,7 @@ def problem_texts(problems: list[Problem], v: Variant, with_open: bool) -> str:
 
 
 def removed(problems: list[Problem]) -> dict[str, int]:
-    """The distinctive statements of all that was cut out: {a normalized line: problem's number}."""
+    """The distinctive statements of what was cut out: {normalized line: number of its problem}."""
     found = {}
     for problem in problems:
         for path, holes in problem.files.items():
@@ -146,7 +146,7 @@ def bare(text: str) -> str:
 
 
 def without_answers(markdown: str, answers: dict[str, int]) -> str:
-    """Markdown with the problem's number for each code block that shows a removed statement."""
+    """Markdown in which a code block with a removed statement is replaced by a problem's number."""
     answers = {bare(line): number for line, number in answers.items()}
     kept, block = [], None
     for line in markdown.splitlines():
@@ -178,8 +178,8 @@ def survivors(out: Path, answers: set[str]) -> list[str]:
 
 
 def check(out: Path, problems: list[Problem], v: Variant) -> list[str]:
-    """What is wrong with a handout; [] if it may go out."""
-    import solved
+    """What is wrong with a handout; [] if it may be handed out."""
+    from solutions import solved
 
     answers = removed(problems).keys() | solved.own_statements(problems)
     complaints = [f"an answer survives in {place}" for place in survivors(out, answers)]

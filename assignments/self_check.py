@@ -1,9 +1,9 @@
-"""Everything that an instructor may want to see proved, some minutes of it.
+"""Check on your machine what README.md says of the grader. All parts together take a while.
 
     python assignments/self_check.py [reference] [wrong] [hostile] [handout] [variants]
 
 reference  full points for several seeds; nothing for the empty handout
-wrong      each plausible wrong solution loses its rungs and no others, and is told its bug
+wrong      each plausible wrong solution loses its rungs and no others, and is told its mistake
 hostile    no submission gets a wrong point, ends the grader or touches anything outside
 handout    the visible tests pass on the reference and fail on the handout
 variants   full points for the reference of every variant
@@ -16,13 +16,13 @@ import tempfile
 import time
 from pathlib import Path
 
-import solved
 from grade import Grader
-from hostile import HOSTILE
 from make_handout import make
-from problems import PROBLEMS
-from variants import COUNT, Variant, variant
-from wrong import WRONG, check_wrong
+from problems.all_problems import PROBLEMS
+from problems.variants import COUNT, Variant, variant
+from solutions import solved
+from solutions.hostile import HOSTILE, hostile_files, touched
+from solutions.wrong import WRONG, check_wrong
 
 
 def lost(rows) -> set[str]:
@@ -81,13 +81,13 @@ def check_hostile() -> int:
 
 
 def grade_hostile(hostile, folder: Path):
-    """(what is amiss after grading it, the layers that confined it)."""
+    """(what is wrong after grading it, the layers that confined it)."""
     canary, place = folder / "canary", folder / hostile.name
     canary.write_text("untouched")
     canary.chmod(0o600)
-    solved.write(place, solved.hostile_files(hostile, canary))
+    solved.write(place, hostile_files(hostile, canary))
     before = traces(canary, place)
-    with Grader(Variant(), 5, solved.touched(hostile)) as grader:
+    with Grader(Variant(), 5, touched(hostile)) as grader:
         rows = grader.grade(place)
     amiss = {
         f"lost {lost(rows) or 'nothing'}": lost(rows) != set(hostile.loses),

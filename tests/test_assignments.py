@@ -1,4 +1,4 @@
-"""The assignments: the reference gets all points, an empty handout none, wrong solutions are told.
+"""The assignments: the reference gets all points, an empty handout none, wrong ones lose theirs.
 
 One grader is used for everything here. `python assignments/self_check.py` has the rest: more
 seeds, every variant, the hostile submissions, the visible tests of a handout.
@@ -25,16 +25,17 @@ sys.path.insert(0, str(ROOT / "assignments"))
 pytest.importorskip("resource")  # the grader runs where processes have limits, not on Windows
 
 import grade  # noqa: E402
-import ladder  # noqa: E402
 import make_gradescope  # noqa: E402
 import make_handout  # noqa: E402
-import problems  # noqa: E402
-import solved  # noqa: E402
-import source  # noqa: E402
-from arrays import pack, unpack  # noqa: E402
-from problems import PROBLEMS, text_of  # noqa: E402
-from variants import AXES, COUNT, Variant, number_of, variant  # noqa: E402
-from wrong import WRONG, check_wrong  # noqa: E402
+from grader import source  # noqa: E402
+from grader.agree import agree  # noqa: E402
+from grader.arrays import pack, unpack  # noqa: E402
+from problems import ladder  # noqa: E402
+from problems.all_problems import PROBLEMS, chosen, text_of  # noqa: E402
+from problems.variants import AXES, COUNT, Variant, number_of, variant  # noqa: E402
+from solutions import solved  # noqa: E402
+from solutions.hostile import HOSTILE, hostile_files, touched  # noqa: E402
+from solutions.wrong import WRONG, check_wrong  # noqa: E402
 
 EVERYTHING = bool(os.environ.get("ASSIGNMENTS_EVERYTHING"))
 SAMPLE = [next(w for w in WRONG if w.problem == problem.name) for problem in PROBLEMS]
@@ -132,10 +133,10 @@ def test_zeros_and_the_answer_to_another_draw_reach_no_rung(problem):
             expected = check.expect(inputs[check.rung], Variant())
             other = check.expect(others[check.rung], Variant())
         arrays = {n: np.zeros_like(e) for n, e in expected.items() if isinstance(e, np.ndarray)}
-        assert not arrays or ladder.agree(expected | arrays, expected, check.tolerance)
+        assert not arrays or agree(expected | arrays, expected, check.tolerance)
         seeded = check.rung not in ("options", "evaluation", "step 0", "one row")
         if seeded and inputs[check.rung] and "prompt" not in expected:
-            fits = ladder.agree(other, expected, check.tolerance)
+            fits = agree(other, expected, check.tolerance)
             assert (
                 fits or expected.get("encoded", 0) is None or expected == {"raised": "InputError"}
             )
@@ -160,7 +161,7 @@ def test_a_draw_is_passed_over_where_a_mistake_does_no_harm_or_rounding_decides(
 
 
 def test_log_probabilities_to_be_graded_are_not_lost_in_rounding():
-    (problem,) = problems.chosen(["response_logps"])
+    (problem,) = chosen(["response_logps"])
     checks = {check.rung: check for check in problem.checks}
     for seed in range(200):
         rng = np.random.default_rng(seed)
@@ -194,22 +195,21 @@ def test_a_variant_asks_for_something_else_and_its_reference_gives_it(grader, ax
         with asking(grader, v, changed):
             assert not lost(grader.grade(submission(tmp_path / choice.replace("/", " "), v)))
             taught = lost(grader.grade(submission(tmp_path / "taught", Variant())))
-        # cDPO is in the taught code already: that variant only asks for it.
-        assert taught == {p.name for p in changed} - ({"dpo_loss"} if v.loss == "ipo" else set())
+        # The taught code has these two already: the variants only ask for them.
+        right = {"ipo": {"dpo_loss"}, "cdpo": {"dpo_loss", "dpo_gradient"}}.get(v.loss, set())
+        assert taught == {p.name for p in changed} - right
 
 
 # --- what a submission may not do -------------------------------------------------------------
 
 
 def test_a_hostile_submission_loses_its_points_only(grader, tmp_path):
-    from hostile import HOSTILE
-
     canary = tmp_path / "canary"
     canary.write_text("untouched")
     names = ("forks without end", "reads the grader's files", "writes everywhere", "leaves at once")
     for hostile in (h for h in HOSTILE if EVERYTHING or h.name in names):
-        place = solved.write(tmp_path / hostile.name, solved.hostile_files(hostile, canary))
-        with asking(grader, Variant(), solved.touched(hostile)):
+        place = solved.write(tmp_path / hostile.name, hostile_files(hostile, canary))
+        with asking(grader, Variant(), touched(hostile)):
             rows = grader.grade(place)
         if not {"files", "calls"} <= grader.layers:
             pytest.skip("this system confines nothing")
@@ -309,7 +309,7 @@ def test_the_autograder_runs_from_its_zip_and_holds_no_answer(tmp_path):
         (place / name).mkdir(parents=True)
     with zipfile.ZipFile(BytesIO(data)) as archive:
         archive.extractall(place / "source")
-        assert not {"assignments/solved.py", "assignments/wrong.py"} & set(archive.namelist())
+        assert not any("solutions" in name for name in archive.namelist())
     submission(place)
     script = shutil.which("bash"), place / "source" / "run_autograder"
     environment = os.environ | {"AUTOGRADER": str(place), "PYTHON": sys.executable}
@@ -332,8 +332,6 @@ def test_the_autograder_installs_the_releases_that_the_repository_asks_for():
 
 
 def test_the_readme_counts_what_there_is():
-    from hostile import HOSTILE
-
     text = " ".join((ROOT / "assignments" / "README.md").read_text("utf-8").split())
     mistakes = sum(len(problem.bugs) for problem in PROBLEMS)
     for said in (

@@ -13,9 +13,9 @@ import pytest
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-import calls  # noqa: E402
-from arrays import unpack  # noqa: E402
-from ladder import agree  # noqa: E402
+from grader import calls  # noqa: E402
+from grader.agree import agree  # noqa: E402
+from grader.arrays import unpack  # noqa: E402
 
 CHECKS = sorted((HERE / "checks").iterdir())
 calls.warm_up()

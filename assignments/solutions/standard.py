@@ -1,7 +1,7 @@
-"""Answers where the taught code has none to give: what it leaves to the library, and NumPy.
+"""Answers that the taught code does not have: what it leaves to torch, and the NumPy file.
 
-For instructors. A function's decorator says whose place it takes; the rest of the reference
-solution is the taught code itself.
+A function's decorator says which function it replaces. The rest of the reference solution is the
+taught code itself.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Answers to what the variants ask instead of the taught code."""
+"""Answers to what variants ask for where it is not what the taught code does."""
 
 import math
 from statistics import NormalDist

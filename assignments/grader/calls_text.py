@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from calls_tools import module
+from grader.calls_tools import module
 
 
 class StandInTokenizer:
-    """Like SentencePiece, glues a space to the word behind it. Ids are hashes of the pieces.
+    """Like SentencePiece, it joins a space to the word after it. Ids are hashes of the pieces.
 
     merges: a text that becomes one piece wherever it occurs.
     """
@@ -86,7 +86,7 @@ class StandInLog:
 
 
 def training(x, y, w, batches, steps, settings, resume_at=0, evaluates=False):
-    """Train w [D] on squared errors; batches: index lists, one a forward pass, in order."""
+    """Train w [D] on squared errors; batches: lists of indices, one per forward pass."""
     loop = module("loop")
     x, y = torch.tensor(x), torch.tensor(y)
     model = torch.nn.Linear(len(w), 1, bias=False)

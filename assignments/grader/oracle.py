@@ -1,8 +1,8 @@
-"""What is right: every asked-for formula in NumPy, apart from the taught code and from torch.
+"""The right answers: all formulas in NumPy, written independently of the taught code and of torch.
 
-Each function takes `bug`, the name of a usual mistake, and then gives what that mistake would:
-a submission that agrees with it is told what it has done. Precision is that of the inputs; the
-grader gives float64. `v` is the variant. Symbols and shapes are those of the taught code.
+Each function takes `bug`, the name of a usual mistake, and then returns what that mistake gives.
+A submission that agrees with it is told which mistake it made. The precision is that of the inputs;
+the grader gives float64. `v` is the variant. Symbols and shapes are those of the taught code.
 """
 
 import math
@@ -179,7 +179,7 @@ def pack_nibbles(codes, bug=""):
 
 
 def quantize(weight, code, block_size, double_quant, bug=""):
-    """Blocks, nearest codes, packed; absmax as float32 or quantized in its turn."""
+    """Blocks, nearest codes, packed; absmax as float32 or quantized as well."""
     flat = (weight.T if bug == "columns first" else weight).astype(f32).reshape(-1)
     scaled, absmax = scaled_blocks(flat, block_size, bug)
     codes = nearest(scaled, code, bug).reshape(-1)[: len(flat)]

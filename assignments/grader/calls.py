@@ -10,13 +10,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-import calls_layers
-import calls_losses
-import calls_text
+from grader import calls_layers, calls_losses, calls_text
 
 
 class Refuse(TorchFunctionMode):
-    """Refuses the library's version of the very thing that a problem asks for."""
+    """Refuses torch's ready-made version of what a problem asks for."""
 
     def __init__(self, banned):
         super().__init__()
@@ -50,7 +48,7 @@ def plain(value):
 
 
 def warm_up():
-    """Pay for what torch imports at first use, before any child is forked."""
+    """Use what torch imports only at first use, so that no child has to wait for it."""
     torch.set_num_threads(1)
     x = torch.ones(2, requires_grad=True)
     checkpoint(torch.sin, x, use_reentrant=False).sum().backward()

@@ -1,7 +1,7 @@
 """The open problem: a submitted DPO adapter, judged by its true score and its KL to the reference.
 
-No code of the submission runs: its adapter is data (safetensors and JSON), read by the taught
-package in a process of its own. Sampling 360 answers takes half a minute on one core.
+No code of the submission runs. Its adapter is data (safetensors and JSON), which the taught
+package reads in a process of its own. Sampling 360 answers takes half a minute on one core.
 """
 
 import json
@@ -9,14 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]  # of the repository, or of the autograder's zip
 POINTS, START, FULL, LARGEST_KL = 20, 1.0, 2.6, 2.0
 NEW_TOKENS, LARGEST_FILE, SECONDS = 64, 2**25, 240
 ANSWERS = 3  # to each question: the mean of 120 answers has a standard error of 0.2, of 360 of 0.1
 
 
 def grade(submission: Path, folder: Path, seed: int) -> list[dict]:
-    """One row, as grade.py has them. folder: base/ and sft/."""
+    """One row of the form that grade.py uses. folder: has base/ and sft/."""
     adapter = next(
         (p for p in (submission / "dpo", submission / "open" / "dpo") if p.is_dir()), None
     )
@@ -44,15 +44,15 @@ def row(score: float, output: str) -> dict:
 
 
 def points(true_score: float, kl: float) -> float:
-    """A straight line from START to FULL, and nothing too far from the reference."""
+    """Linear from START to FULL; no points too far from the reference."""
     share = (true_score - START) / (FULL - START)
     return round(POINTS * min(1.0, max(0.0, share)), 1) if kl <= LARGEST_KL else 0.0
 
 
 def measure(adapter: str, folder: str, seed: int) -> dict[str, float]:
-    """Sample answers with base + adapter and judge them. Runs apart, with the taught package."""
-    taught = HERE.parent / "taught"
-    sys.path.insert(0, str(taught if taught.exists() else HERE.parent))
+    """Sample answers with base + adapter and judge them. Runs in a process of its own."""
+    taught = ROOT / "taught"
+    sys.path.insert(0, str(taught if taught.exists() else ROOT))
     import torch
 
     from dpo_minimal import evaluate, forum

@@ -1,14 +1,16 @@
-"""All problems in order; the chapters hold them. `N. title` is what students see."""
+"""The list of all problems, in order. Each is defined in a chapter; students see `N. title`."""
 
-import chapter_adapters
-import chapter_bits
-import chapter_by_hand
-import chapter_losses
-import chapter_network
-import chapter_quantize
-import chapter_training
-from ladder import Problem
-from variants import Variant
+from problems import (
+    chapter_adapters,
+    chapter_bits,
+    chapter_by_hand,
+    chapter_losses,
+    chapter_network,
+    chapter_quantize,
+    chapter_training,
+)
+from problems.ladder import Problem
+from problems.variants import Variant
 
 PROBLEMS: tuple[Problem, ...] = (
     *chapter_network.PROBLEMS,
@@ -24,7 +26,7 @@ NUMBERS = {problem.name: n for n, problem in enumerate(PROBLEMS, start=1)}
 
 
 def chosen(names: list[str] | None) -> list[Problem]:
-    """The problems of these names or numbers, all without any; KeyError for an unknown one."""
+    """The problems with these names or numbers, or all of them; KeyError for an unknown one."""
     known = {p.name: p for p in PROBLEMS} | {
         str(n): p for p, n in zip(PROBLEMS, NUMBERS.values(), strict=True)
     }

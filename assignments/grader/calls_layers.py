@@ -5,7 +5,7 @@ import types
 import torch
 from torch import nn
 
-from calls_tools import gradients, module, parameter, tensor
+from grader.calls_tools import gradients, module, parameter, tensor
 
 # --- the network ------------------------------------------------------------------------------
 
@@ -36,7 +36,7 @@ def stand_in_rotate(x, cos, sin):
 
 
 def attention(x, wq, wk, wv, wo, heads, cos, sin, mask=None, split=0, dtype="float32", g=None):
-    """split: so many tokens are read first, the others one by one against the cache."""
+    """split: this many tokens are read at once, then the others one by one with the cache."""
     llama = module("llama")
     llama.rotate = stand_in_rotate
     H, G, K = heads
@@ -63,7 +63,7 @@ def nf4_code():
 
 
 def nf4_outline():
-    """What can be told of a code without showing it."""
+    """What can be said about a code without showing it."""
     code = module("nf4").nf4_code()
     zeros = (code == 0).nonzero().flatten().tolist()
     ascending = bool((code.diff() > 0).all())
@@ -71,7 +71,7 @@ def nf4_outline():
 
 
 def use_code(code):
-    """Put a code of the grader's in place of NF4's, in tables that were made of it too."""
+    """Put the grader's code in place of NF4's, also in tables that were made from it."""
     nf4 = module("nf4")
     nf4.NF4_CODE = tensor(code)
     for value in vars(nf4).values():
@@ -84,7 +84,7 @@ def quantize(weight, code, block_size, double_quant, dtype="float32"):
     q = use_code(code).quantize_nf4(tensor(weight, dtype), block_size, double_quant)
     names = ("packed", "absmax", "absmax_codes", "absmax_scale", "absmax_offset")
     out = {name: getattr(q, name) for name in names if getattr(q, name) is not None}
-    if weight.size % 2:  # the last byte has half a use: what fills it up is nobody's business
+    if weight.size % 2:  # half of the last byte is unused and may hold anything
         out["packed"] = torch.cat((q.packed[:-1], q.packed[-1:] & 0xF0))
     return out | {"shape": list(q.shape), "dtype": q.dtype}
 
@@ -104,7 +104,7 @@ def dequantize(packed, shape, code, block_size, dtype="float32", **absmax):
 
 
 def nf4_matmul(x, W, g=None, dtype="float32"):
-    """Also counts: dequantizations in all, and tensors of W's size that autograd keeps."""
+    """Also counts dequantizations, and looks whether autograd keeps a tensor of W's size."""
     nf4, count, kept = module("nf4"), [], []
 
     def dequantize_nf4(quantized):
@@ -152,7 +152,7 @@ def lora(x, W, factors, alpha, ranks, active, frozen=(), dtype="float32", g=None
 
 
 def new_adapter(sizes, alpha):
-    """How a fresh adapter starts, A's spread and B, and when its dropout acts."""
+    """How a new adapter starts (the spread of A, and B), and when its dropout acts."""
     torch.manual_seed(0)
     into, out, r = sizes
     adapter = module("lora").Adapter(into, out, r, alpha, 0.5)

@@ -1,4 +1,4 @@
-"""What the calls share: modules of the submission, tensors of arrays, gradients."""
+"""What the calls share: modules of the submission, tensors from arrays, gradients."""
 
 import importlib
 

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-import oracle_losses
-from chapter_losses import DPO, dpo_inputs
-from ladder import Check, Problem, only
-from oracle import gradients
+from grader import oracle_losses
+from grader.oracle import gradients
+from problems.chapter_losses import DPO, dpo_inputs
+from problems.ladder import Check, Problem, only
 
 
 def hand_inputs(n, size=1.0, smoothing=0.0):

@@ -1,7 +1,7 @@
 """Arrays and plain values as bytes, between the grader and a submission: no pickle, no code.
 
 A message is one line of JSON (names, dtypes, shapes, plain values) and then the arrays' bytes.
-What a submission sends is untrusted: `unpack` takes only what it can check, else ValueError.
+Nobody trusts what a submission sends: `unpack` raises ValueError unless all of it can be checked.
 """
 
 import json
@@ -27,7 +27,7 @@ def pack(values: dict) -> bytes:
 
 
 def unpack(message: bytes) -> dict:
-    """The values of a message; ValueError for anything but a whole and honest one."""
+    """The values of a message; ValueError if it is damaged, or names arrays that are not there."""
     line, newline, body = message.partition(b"\n")
     if not newline or len(message) > LARGEST:
         raise ValueError("not a whole message")

@@ -1,7 +1,7 @@
-"""Python source as text with a syntax tree over it: cut holes, put functions in, compare.
+"""Change Python source as text, with its syntax tree as a guide: cut holes, put functions in.
 
-The taught code carries no markers; a function is found by its file and qualified name, such as
-`RMSNorm.forward`, and cut from its first body statement to its last.
+The taught code has no markers. A function is found by its file and its qualified name, such as
+`RMSNorm.forward`, and cut from the first statement of its body to the last.
 """
 
 import ast
@@ -32,7 +32,7 @@ def replace_bodies(source: str, bodies: dict[str, str]) -> str:
     for name in sorted(bodies, key=lambda name: -nodes[name].lineno):
         node = nodes[name]
         start = body_of(node)[0].lineno - 1
-        while lines[start - 1].lstrip().startswith("#"):  # comments before it are of the answer
+        while lines[start - 1].lstrip().startswith("#"):  # these comments belong to the answer
             start -= 1
         indent = " " * (node.col_offset + 4)
         lines[start : node.end_lineno] = textwrap.indent(bodies[name], indent).splitlines()
@@ -40,7 +40,7 @@ def replace_bodies(source: str, bodies: dict[str, str]) -> str:
 
 
 def replace_function(source: str, name: str, replacement: str) -> str:
-    """The source with one function replaced by another one's text, under its own name."""
+    """The source with one function replaced by the text of another, which takes its name."""
     node = functions(ast.parse(source))[name]
     text = textwrap.dedent(replacement)
     new = next(n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef))
@@ -73,7 +73,7 @@ def guard_imports(source: str, holes: dict[str, str]) -> str:
 
 
 def statements(nodes) -> set[str]:
-    """The statements within nodes, each as one normalized line, compound ones by their head."""
+    """The statements within nodes, each as one normalized line: of a loop or an if the first."""
     found = set()
     for node in nodes:
         for part in ast.walk(node):
@@ -83,7 +83,7 @@ def statements(nodes) -> set[str]:
 
 
 def distinctive(line: str) -> bool:
-    """Whether a statement says something of its own: not `return y`, not a bare loop."""
+    """Whether a statement could give an answer away: `return y` or a short loop could not."""
     return len(line) >= 18 and not line.startswith(
         ("raise ", "super()", "import ", "from ", "assert ")
     )

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-import oracle_losses
-from ladder import Check, Problem, normal, only
-from oracle import gradients
+from grader import oracle_losses
+from grader.oracle import gradients
+from problems.ladder import Check, Problem, normal, only
 
 FILE = "dpo_minimal/loss.py"
 
@@ -28,7 +28,7 @@ def logps_inputs(B, T, V=7, D=3, dtype="float32", pads=0, size=1.0, **extra):
 
     def draw(rng, v):
         inputs = rows(rng)
-        while np.abs(expect_logps(inputs, v)["logps"]).max() < 0.5:  # all but sure: digits are lost
+        while np.abs(expect_logps(inputs, v)["logps"]).max() < 0.5:  # near certain: digits are lost
             inputs = rows(rng)
         return inputs
 
@@ -66,11 +66,12 @@ LOGPS = Problem(
     title="Log-probabilities of responses",
     file=FILE,
     holes=("chunk_logps", "token_logps", "sequence_logps"),
-    text="""`chunk_logps`: log softmax(head(hidden))[target] in float32 at least. `token_logps`: of
-each scored token, from `model.hidden` at the place before it (or at `sources`), row after row; the
-head runs on scored places only, CHUNK of them at a time; all chunks but the last are recomputed in
-backward (`checkpoint`, or simply not, which costs memory and no points). `sequence_logps`:
-the sum over each row's scored tokens. The library's losses and log-softmax are refused.""",
+    text="""`chunk_logps`: log softmax(head(hidden))[target] in float32 at least. `token_logps`: the
+same for each scored token, from `model.hidden` at the place before it (or at `sources`), row after
+row. The head runs on scored places only, CHUNK of them at a time. All chunks but the last are
+recomputed in backward (`checkpoint`; if you leave that out, it costs memory but no points).
+`sequence_logps`: the sum over each row's scored tokens. The library's losses and log-softmax are
+refused.""",
     checks=(
         Check(
             *("shape", 1, "logps", logps_inputs(3, 6), expect_logps),
@@ -169,7 +170,7 @@ DPO = Problem(
     holes=("dpo_loss",),
     text="""Losses and rewards from summed log-probabilities, as the docstring has them: nothing is
 averaged, rewards are beta times the log-ratios and carry no gradient, a log-sigmoid of -1000 is
--1000 and not -inf, options that make no sense are a ValueError. {loss}""",
+-1000 and not -inf, options that make no sense raise a ValueError. {loss}""",
     checks=(
         Check(
             *("shape", 1, "dpo", dpo_inputs(5), expect_dpo("losses", "chosen", "rejected")),

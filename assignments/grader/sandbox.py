@@ -1,8 +1,8 @@
-"""What a process gives up before it runs a submission. Linux; elsewhere `confine` says what lacks.
+"""What a process gives up before it runs a submission. Elsewhere than on Linux that is little.
 
-Each layer works alone, with or without root, in a container or out of it:
+Each layer works without the others, with or without root, inside or outside a container:
   limits    time, memory, size of files, number of open files (setrlimit)
-  user      another user (nobody), where the grader is root and nobody may read Python
+  user      run as the user nobody, if the grader is root and that user may read Python
   files     read Python and the submission, write one scratch folder, nothing else (Landlock)
   calls     no network, no new processes, no signals to others, no tracing (seccomp)
 """
@@ -17,8 +17,9 @@ import sys
 from pathlib import Path
 
 NOBODY = 65534
-# System calls by machine. Refused: forks, signals, tracing, reading another process, io_uring;
-# then changes of modes, owners, times and attributes, which Landlock lets pass.
+# System calls by machine. The first line of those refused: forks, signals, tracing, reading another
+# process, io_uring. The second: changes of modes, owners, times and attributes, since Landlock
+# does not stop these.
 NUMBERS = {
     "x86_64": {
         "refused": (
@@ -54,7 +55,7 @@ def confine(scratch: Path, readable: list[Path], seconds: int, memory: int) -> l
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
         layers.append("user")
-    # A root that stays root, as its Python is not for others to read, has no powers left either.
+    # A process that stays root, because others may not read its Python, loses root's powers.
     libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24))
     return layers + ["calls"] * restrict_calls()
 
@@ -77,7 +78,7 @@ def set_limits(seconds: int, memory: int):
 
 
 def all_may_read(folders: list[Path]) -> bool:
-    """Whether any user may come to these folders and read them."""
+    """Whether every user may enter these folders and read them."""
     for folder in folders:
         for place in (folder, *folder.parents):
             needed = stat.S_IXOTH if place.is_dir() else stat.S_IROTH
@@ -105,7 +106,7 @@ def restrict_files(scratch: Path, readable: list[Path]) -> bool:
 
 
 def allow(ruleset: int, folder: Path, rights: int):
-    """A rule: these rights for all that lies under a folder."""
+    """Add a rule: these rights for everything under a folder."""
     place = os.open(folder, os.O_PATH | os.O_CLOEXEC)
     rule = struct.pack("=Qi", rights, place)
     libc.syscall(445, ctypes.c_int(ruleset), ctypes.c_int(1), rule, ctypes.c_uint32(0))
@@ -123,7 +124,8 @@ def restrict_calls() -> bool:
     program = [(load, 0, 0, 4), (equal, 1, 0, numbers["arch"]), (answer, 0, 0, no), (load, 0, 0, 0)]
     for number in (*numbers["refused"], numbers["socket"]):
         program += [(equal, 0, 1, number), (answer, 0, 0, no)]
-    # A thread is a clone with CLONE_THREAD; clone3 hides its flags, so libc is sent back to clone.
+    # A thread is a clone with CLONE_THREAD. A filter cannot see the flags of clone3, so that call
+    # "does not exist", and libc uses clone instead.
     program += [(equal, 0, 1, numbers["clone3"]), (answer, 0, 0, not_there)]
     program += [(equal, 0, 3, numbers["clone"]), (load, 0, 0, 16)]
     program += [(any_bit, 1, 0, 0x10000), (answer, 0, 0, no), (answer, 0, 0, allowed)]

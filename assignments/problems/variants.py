@@ -1,7 +1,7 @@
 """Variants: what is asked differently, since the taught code and its answers are public.
 
-A variant's number is read as digits, one for each axis; 0 is the taught code. Every number below
-COUNT asks something else, and `oracle.py` and the texts of the problems follow it.
+A variant's number is read as digits, one per axis; 0 is the taught code. Every other number below
+COUNT asks for something else. The oracles and the texts of the problems follow it.
 """
 
 from dataclasses import dataclass, fields

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-import oracle
-from ladder import Check, Problem, normal, only
+from grader import oracle
+from problems.ladder import Check, Problem, normal, only
 
 # --- RMSNorm ----------------------------------------------------------------------------------
 
@@ -170,7 +170,7 @@ Compute in the table's dtype, return x's.""",
                 expect_rotary,
             ),
             "The product is taken in the table's dtype and only then rounded to x's.",
-            3.5e-4,  # results are below 2: rounding once is off by 2^-11 of them at the most
+            3.5e-4,  # results are below 2: one rounding is off by 2^-11 of them at most
         ),
     ),
     bugs={
@@ -230,10 +230,10 @@ ATTENTION = Problem(
     file="dpo_minimal/llama.py",
     holes=("Attention.forward",),
     text="""Project x to queries (H heads), keys and values (G heads); turn queries and keys with
-`rotate` (graded apart); softmax(q k^T / sqrt(K)) over the past and the token itself, or over `mask`
-where one is given; head h uses key/value head h // (H / G). `cache`, if not None, is a dict: with
-"k" and "v" in it, earlier keys and values come first; leave the joined ones in it. Write the
-softmax yourself: `scaled_dot_product_attention` is refused.""",
+`rotate` (graded separately); softmax(q k^T / sqrt(K)) over the past and the token itself, or over
+`mask` where one is given; head h uses key/value head h // (H / G). `cache`, if not None, is a dict.
+If it has "k" and "v", these earlier keys and values come first. Store the joined ones in it. Write
+the softmax yourself: `scaled_dot_product_attention` is refused.""",
     checks=(
         Check(
             *("shape", 1, "attention", attention_inputs(2, 4, 6, (4, 2, 4)), expect_attention),

@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
-import oracle
-from ladder import Check, Problem, normal, only
+from grader import oracle
+from problems.ladder import Check, Problem, normal, only
 
 FILE = "dpo_minimal/lora.py"
 
@@ -174,8 +174,8 @@ MERGE = Problem(
     holes=("Adapter.delta", "merged_weight"),
     text="""`delta`: the update as a matrix, scale * B A. `merged_weight`: a layer's weight plus the
 deltas of its active adapters, float32, detached. Where the layer is in 4 bits, the weight is the
-dequantized one (`dequantize_nf4`, graded apart), over which the adapters were trained; the sum is
-not quantized again. A layer without adapters is its plain weight.""",
+dequantized one (`dequantize_nf4`, graded separately), since the adapters were trained over it;
+the sum is not quantized again. For a layer without adapters it is the plain weight.""",
     checks=(
         Check(
             *("shape", 1, "merge", merge_inputs(4, 6, (2,), "p"), expect_merged),

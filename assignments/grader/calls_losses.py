@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from calls_tools import gradients, module, parameter, tensor
+from grader.calls_tools import gradients, module, parameter, tensor
 
 
 class StandInModel(nn.Module):
@@ -63,7 +63,7 @@ def dpo_refuses(kinds, smoothings):
 
 @contextmanager
 def by_hand():
-    """The student's NumPy file, where there is no torch to import."""
+    """Import the student's NumPy file while torch cannot be imported."""
     hidden = {name: sys.modules[name] for name in sys.modules if name.split(".")[0] == "torch"}
     sys.modules.update(dict.fromkeys(hidden))
     try:

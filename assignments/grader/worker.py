@@ -1,10 +1,10 @@
 """The grader's other process: imports torch once, then forks a confined child for each problem.
 
-    python -I worker.py FOLDER        one JSON job a line on stdin, one JSON answer a line on stdout
+    python -I -B worker.py        one JSON job per line on stdin, one JSON answer per line on stdout
 
-It runs no line of a submission itself and knows no expected value. A child is handed a tree with
-the submission's module, a scratch folder and the inputs of its checks; each check leaves a file
-of arrays in `scratch/out`. When a child is over, all that it started is ended too.
+It runs no code of a submission itself and knows no expected values. A child gets a folder with the
+submission's module, a scratch folder and the inputs of its checks. Each check leaves a file of
+arrays in `scratch/out`. When a child has ended, everything that it started is ended too.
 """
 
 import contextlib
@@ -16,14 +16,13 @@ import time
 import traceback
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+ROOMS = str(Path(__file__).resolve().parents[1])
+sys.path.insert(0, ROOMS)  # `python -I` does not put the script's own folder there
 
 
 def main():
     """Serve jobs until stdin ends."""
-    import calls
-    import sandbox
+    from grader import calls, sandbox
 
     calls.warm_up()
     if sys.platform == "linux":
@@ -86,9 +85,9 @@ def children() -> list[int]:
 
 def run_child(job: dict, report: int):
     """Confine this process, then run the checks one by one."""
-    import calls
-    import sandbox
-    from arrays import pack, unpack
+    import grader
+    from grader import calls, sandbox
+    from grader.arrays import pack, unpack
 
     scratch, tree = Path(job["scratch"]), Path(job["tree"])
     messages = [Path(path).read_bytes() for path in job["inputs"]]
@@ -102,7 +101,8 @@ def run_child(job: dict, report: int):
     layers = sandbox.confine(scratch, readable, job["seconds"], job["memory"])
     os.write(report, " ".join(layers).encode())
     os.closerange(3, 1024)
-    sys.path[:] = [str(tree), *(p for p in sys.path if p != str(HERE))]
+    sys.path[:] = [str(tree), *(p for p in sys.path if p != ROOMS)]
+    grader.__path__ = []  # the submission can import nothing more of it
     for name, message in zip(job["checks"], messages, strict=True):
         result = run_check(calls, job, unpack(message))
         (scratch / "out" / name).write_bytes(pack(result))

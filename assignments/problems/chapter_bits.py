@@ -2,8 +2,8 @@
 
 import numpy as np
 
-import oracle
-from ladder import Check, Problem, normal, only
+from grader import oracle
+from problems.ladder import Check, Problem, normal, only
 
 FILE = "dpo_minimal/nf4.py"
 
@@ -102,7 +102,7 @@ MATMUL = Problem(
     holes=("NF4Matmul.forward", "NF4Matmul.backward"),
     text="""An autograd function for y = x W^T with W in 4 bits: forward dequantizes W, backward
 gives the gradient for x (and None for the weight, which is frozen). Keep the packed weight, not the
-dequantized one: backward dequantizes again with `dequantize_nf4` (graded apart). W is cast to
+dequantized one; backward dequantizes again with `dequantize_nf4` (graded separately). W is cast to
 the dtype of what it is multiplied with.""",
     checks=(
         Check(

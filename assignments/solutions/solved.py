@@ -1,25 +1,23 @@
-"""Reference solutions as trees of files, and wrong ones. For instructors: imports the taught code.
+"""Reference solutions as {path: text}, and what spoils them.
 
-A submission is the taught code with functions replaced, as text, so that it is graded as a
+A solution is the text of the taught code with some functions replaced, so that it is graded as a
 student's is.
 """
 
 import ast
 import functools
 import inspect
-import sys
 import textwrap
 from dataclasses import astuple
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+import solutions.variants  # noqa: F401
+from grader.source import body_of, distinctive, functions, replace_function, statements
+from problems.all_problems import PROBLEMS, chosen
+from problems.variants import Variant
+from solutions.standard import ANSWERS
 
-import solutions.variants  # noqa: E402, F401
-from problems import PROBLEMS, chosen  # noqa: E402
-from solutions.standard import ANSWERS  # noqa: E402
-from source import body_of, distinctive, functions, replace_function, statements  # noqa: E402
-from variants import Variant  # noqa: E402
+ASSIGNMENTS = Path(__file__).resolve().parents[1]
 
 
 def solution(v: Variant) -> dict[str, str]:
@@ -33,8 +31,8 @@ def cached_solution(v: Variant) -> dict[str, str]:
     paths = {path for problem in PROBLEMS for path in problem.files}
     files = {}
     for path in sorted(paths):
-        taught = HERE.parent / path
-        place = taught if taught.exists() else HERE / "handout" / path
+        taught = ASSIGNMENTS.parent / path
+        place = taught if taught.exists() else ASSIGNMENTS / "handout" / path
         files[path] = place.read_text("utf-8")
     order = sorted(ANSWERS, key=lambda answer: answer[0] is not None)
     for choice, path, name, function in order:
@@ -52,7 +50,7 @@ def write(folder: Path, files: dict[str, str]) -> Path:
 
 
 def own_statements(problems) -> set[str]:
-    """The distinctive statements of the answers to these problems that the taught code lacks."""
+    """The distinctive statements of the answers to these problems that `solutions/` adds."""
     holes = {(path, hole) for p in problems for path, own in p.files.items() for hole in own}
     chosen = [function for _, path, name, function in ANSWERS if (path, name) in holes]
     nodes = [ast.parse(inspect.getsource(function)) for function in chosen]
@@ -84,23 +82,10 @@ def change_within(source: str, name: str, old: str, new: str) -> str:
     return "".join([*lines[: node.lineno - 1], own.replace(old, new), *lines[node.end_lineno :]])
 
 
-def hostile_files(hostile, canary: Path) -> dict[str, str]:
-    """The reference solution with the hostile lines."""
-    files = solution(Variant())
-    code = textwrap.dedent(hostile.code).strip("\n")
-    if "{" in code:
-        code = code.format(canary=canary, grader=HERE)
-    lines = files[hostile.file].splitlines()
-    if hostile.function:
-        first = body_of(functions(ast.parse(files[hostile.file]))[hostile.function])[0]
+def insert(source: str, name: str, code: str) -> str:
+    """Put lines at the beginning of a function, or of the file where no name is given."""
+    lines, at = source.splitlines(), 0
+    if name:
+        first = body_of(functions(ast.parse(source))[name])[0]
         at, code = first.lineno - 1, textwrap.indent(code, " " * first.col_offset)
-    else:
-        at = 0
-    files[hostile.file] = "\n".join([*lines[:at], code, *lines[at:]]) + "\n"
-    return files
-
-
-def touched(hostile):
-    """The problems that share its file, and one that does not."""
-    own = [problem for problem in PROBLEMS if hostile.file in problem.files]
-    return [*own, next(p for p in PROBLEMS if p not in own and p.name in ("merge", "rotary"))]
+    return "\n".join([*lines[:at], code, *lines[at:]]) + "\n"

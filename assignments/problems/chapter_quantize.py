@@ -2,8 +2,8 @@
 
 import numpy as np
 
-import oracle
-from ladder import Check, Problem, normal
+from grader import oracle
+from problems.ladder import Check, Problem, normal
 
 FILE = "dpo_minimal/nf4.py"
 
@@ -21,7 +21,7 @@ def quantize_inputs(*shape, block_size=4, double_quant=False, dtype="float32", c
 
     def draw(rng, v):
         weight = normal(rng, *shape)
-        if not coarse:  # in the first block the largest magnitude is a negative weight's
+        if not coarse:  # in the first block a negative weight has the largest magnitude
             flat = weight.reshape(-1)[:block_size]
             flat[np.abs(flat).argmax()] *= -np.sign(flat[np.abs(flat).argmax()])
         if double_quant:  # absmax in steps of 1/64: their sum is exact in any order
@@ -60,7 +60,7 @@ QUANTIZE = Problem(
     text="""Blocks of `block_size` over the row-major weight in float32, the last one filled up;
 each divided by its largest magnitude (multiply by the reciprocal of absmax); the index of the
 nearest entry of NF4_CODE, a tie to the lower one (do not write the 16 values into your code: the
-grader puts other ones into NF4_CODE); two indices a byte, the first in the high nibble. With
+grader puts other ones into NF4_CODE); two indices per byte, the first in the high nibble. With
 `double_quant`, absmax minus its mean is quantized in the same way to 8 bits with DYNAMIC_CODE, in
 blocks of ABSMAX_BLOCK. A block of zeros has absmax 0 and gives the code of 0, not NaN. The result
 is an NF4Weight, whose docstring names its fields; it carries no gradient. `piece_size` is for

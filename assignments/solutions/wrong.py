@@ -1,18 +1,18 @@
-"""Plausible wrong solutions, read from `solutions/wrong.txt`, and what the grader must say of them.
+"""Plausible wrong solutions, read from `wrong.txt`, and what the grader must say about them.
 
-Many are the zoo's of tests/bugs.py, in the places where students would put them.
+Many are those of tests/bugs.py, in the places where students would put them.
 """
 
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-import solved
-from problems import chosen
+from problems.all_problems import chosen
+from solutions import solved
 
 
 class Wrong(NamedTuple):
-    """Changes (function, old, new) of the reference; `bug` "-": a rung's own words must do."""
+    """Changes (function, old, new) of the reference; `bug` "-": no mistake has to be named."""
 
     problem: str
     bug: str
@@ -33,11 +33,11 @@ def read(path: Path) -> list[Wrong]:
     return [w._replace(changes=[(f, *map("\n".join, c)) for f, *c in w.changes]) for w in found[1:]]
 
 
-WRONG = read(Path(__file__).parent / "solutions" / "wrong.txt")
+WRONG = read(Path(__file__).parent / "wrong.txt")
 
 
 def check_wrong(grader, wrong: Wrong) -> str | None:
-    """What is amiss with how it is graded, or None."""
+    """What is wrong with how it is graded, or None."""
     (problem,) = chosen([wrong.problem])
     files = solved.spoiled(grader.v, wrong.problem, wrong.changes)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
 """Problems 13 and 14: texts to token rows with a mask, and the training loop."""
 
-import oracle_losses as oracle
-from ladder import Check, Problem, only
+from grader import oracle_losses as oracle
+from problems.ladder import Check, Problem, only
 
 # --- tokenization and masks -------------------------------------------------------------------
 
@@ -44,7 +44,7 @@ def expect_encoded(i, v, bug=""):
 
 
 def pair_inputs(spare):
-    """A pair that has `spare` tokens of room, the rejected answer being the longer one."""
+    """A pair that has `spare` tokens of room; its rejected answer is the longer one."""
 
     def draw(rng, v):
         salt = int(rng.integers(10**6))
@@ -180,7 +180,7 @@ TRAINING = Problem(
     title="The training loop",
     file="dpo_minimal/loop.py",
     holes=("train",),
-    text="""AdamW with `fused=True` and the weight decay of the settings over the trainable
+    text="""AdamW with `fused=True` and the weight decay of the settings on the trainable
 parameters. If `state_path` exists, `load_state(state_path, model, optimizer)` gives `step`,
 `num_tokens` and `place` to go on from: set `order.place` before you draw from `iter(order)`.
 `log.rewind(first step)`. Each step: its `learning_rate(...)`; `grad_accum` batches; the sum of all
@@ -191,7 +191,7 @@ tokens_per_second=, and the mean of each metric over all examples of the step)`.
 optimizer, step=<steps done>, num_tokens=, place=order.place)`. With `evaluate`, what
 `evaluate(model)` returns is logged with the prefix "eval_": before step s whenever `eval_every`
 divides s (if it is not 0; s = 0 only if `eval_at_start`), with step=s, and always after the last
-step, with step=steps. There is one process: you need nothing of `parallel`.""",
+step, with step=steps. There is one process: you need nothing from `parallel`.""",
     checks=(
         Check(
             *("shape", 1, "training", training_inputs(3), expect_training("w", "steps")),

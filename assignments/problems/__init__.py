@@ -1,0 +1,1 @@
+"""The problems as data: texts, holes, rungs, usual mistakes, variants."""
