@@ -5,7 +5,7 @@ import torch
 from helpers import real_input
 
 from dpo_minimal import forum
-from dpo_minimal.checkpoint import save_llama
+from dpo_minimal.formats.huggingface import save_llama
 from dpo_minimal.llama import Llama, LlamaConfig
 from dpo_minimal.tokenizer import Tokenizer, train_tokenizer
 

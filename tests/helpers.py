@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from dpo_minimal.batches import joined, pair_batches
+from dpo_minimal.batches import pair_order
 from dpo_minimal.data import EncodedPair
 from dpo_minimal.llama import Llama, LlamaConfig
+from dpo_minimal.lora import LoRALinear, linear_layers, merged_weight
+from dpo_minimal.nf4 import NF4Linear, quantize_nf4
 
 SHAPE = {
     "vocab_size": 32,
@@ -32,10 +35,34 @@ def tiny_llama(dtype=torch.float64, seed=0, **changes) -> Llama:
     return model.to(dtype)
 
 
+def quantize_model(model: nn.Module, double_quant: bool = True) -> nn.Module:
+    """Replace each linear layer but the head by an NF4Linear, in place."""
+    for name, layer in linear_layers(model).items():
+        weight = quantize_nf4(layer.weight, double_quant=double_quant)
+        model.set_submodule(name, NF4Linear(weight))
+    return model
+
+
+def merge_adapters(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Replace each adapted layer by a plain one with its active adapters added, in place.
+
+    dtype: of the new weights; the head's if not given.
+    """
+    dtype = dtype or model.lm_head.weight.dtype
+    for name, layer in linear_layers(model).items():
+        if isinstance(layer, LoRALinear):
+            weight = merged_weight(layer).to(dtype)
+            linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+            model.set_submodule(name, linear)
+    return model
+
+
 def batch_order(lengths, batch_size: int, seed: int):
-    """The numbers of examples of these lengths, in the batches in which pairs are trained."""
+    """The indices of pairs of these lengths, for ever, in the batches in which they are trained."""
     pairs = [EncodedPair([0] * n, [], []) for n in lengths]
-    return (list(joined(rows)) for rows in pair_batches(pairs, batch_size, seed))
+    order = pair_order(pairs, batch_size, seed)
+    return (indices for indices, _ in order.batches(batch_size))
 
 
 def random_tokens(B: int, T: int, seed=1) -> torch.Tensor:
