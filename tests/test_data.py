@@ -1,6 +1,7 @@
-"""Files to pairs, pairs to token rows, rows to batches."""
+"""Files to pairs, pairs to token ids, token ids to batches, and the order of the batches."""
 
 import gzip
+import itertools
 import json
 import random
 
@@ -13,12 +14,16 @@ from dpo_minimal.batches import (
     answer_rows,
     pack,
     packed_batch,
+    packed_order,
+    packed_rows,
     pair_batch,
-    pair_lengths,
+    pair_order,
+    pair_rows,
 )
 from dpo_minimal.data import (
     EncodedPair,
     PreferencePair,
+    Subset,
     encode_example,
     encode_pair,
     encode_pairs,
@@ -26,6 +31,7 @@ from dpo_minimal.data import (
     format_prompt,
     load_pairs,
     load_splits,
+    without_repeats,
 )
 from dpo_minimal.llama import Llama, LlamaConfig
 from dpo_minimal.loss import preference_logps, sequence_logps, token_logps
@@ -115,11 +121,25 @@ def test_a_prompt_in_the_template_already_is_not_put_into_it_twice(tmp_path, end
     assert format_prompt(pair.prompt) == "Question: Is it?\n\nAnswer:"
 
 
+@pytest.mark.parametrize(
+    ("name", "zipped"), [("pairs.jsonl", True), ("pairs.json.gz", False), ("pairs.jsonl.gz", False)]
+)
+def test_what_a_file_holds_counts_and_not_its_name(tmp_path, name, zipped):
+    text = json.dumps(PLAIN).encode() + b"\n"
+    (tmp_path / name).write_bytes(gzip.compress(text) if zipped else text)
+    assert load_pairs(tmp_path / name, quiet) == [PAIR]
+    assert load_pairs(tmp_path, quiet) == [PAIR]
+
+
 def test_the_files_of_a_folder_are_read_in_the_order_of_their_names(tmp_path):
-    write_rows(tmp_path / "b.jsonl", plain_rows(2, "b"))
-    write_rows(tmp_path / "a.json", plain_rows(2, "a"))
+    # Created in another order, and so many of them that no file system lists them right by chance.
+    letters = list("abcdefghijklmnopqrst")
+    for letter in random.Random(0).sample(letters, len(letters)):
+        suffix = "json" if letter < "k" else "jsonl"
+        write_rows(tmp_path / f"{letter}.{suffix}", plain_rows(2, letter))
     (tmp_path / "readme.md").write_text("not data")
-    assert [pair.prompt for pair in load_pairs(tmp_path, quiet)] == ["a0", "a1", "b0", "b1"]
+    expected = [f"{letter}{i}" for letter in letters for i in range(2)]
+    assert [pair.prompt for pair in load_pairs(tmp_path, quiet)] == expected
 
 
 def test_rows_of_a_parquet_file_are_read(tmp_path):
@@ -135,9 +155,18 @@ def test_dropped_pairs_are_counted_and_the_first_place_is_named(tmp_path):
     said = []
     assert list(load_pairs(path, said.append)) == [PAIR, PAIR]
     assert sorted(said) == [
-        f"{path}: dropped 1 with an empty answer (the first: {path}, line 3)",
-        f"{path}: dropped 2 with chosen = rejected (the first: {path}, line 2)",
+        f"{path}: dropped 1 with an empty answer, the first at {path}, line 3",
+        f"{path}: dropped 2 with chosen = rejected, the first at {path}, line 2",
     ]
+
+
+@pytest.mark.parametrize("answer", ["chosen", "rejected"])
+@pytest.mark.parametrize("text", ["", " \n\t"])
+def test_a_pair_with_an_empty_answer_is_dropped_whichever_it_is(tmp_path, answer, text):
+    path = write_rows(tmp_path / "pairs.jsonl", [PLAIN | {answer: text}, PLAIN])
+    said = []
+    assert load_pairs(path, said.append) == [PAIR]
+    assert said == [f"{path}: dropped 1 with an empty answer, the first at {path}, line 1"]
 
 
 @pytest.mark.parametrize(
@@ -154,7 +183,8 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path, name, bad):
     # In an array a value that is cut off is missed where the next line begins with something else.
     number = lines.index(bad) + 1
     numbers = [number] if name == "pairs.jsonl" else [number, number + 1]
-    assert any(f"{path}, line {n}, " in str(caught.value) for n in numbers)
+    places = [f"{path}, line {n}" for n in numbers]
+    assert ", ".join(str(caught.value).split(", ")[:2]) in places
 
 
 @pytest.mark.parametrize(
@@ -222,8 +252,28 @@ def test_without_a_part_for_sft_it_learns_the_chosen_answers_of_training_each_on
     held = write_rows(tmp_path / "held.jsonl", plain_rows(1, "held"))
     splits = load_splits(path, held, log=quiet)
     assert [pair[:2] for pair in splits.sft] == [("q0", "good 0"), ("q1", "good 1")]
-    assert len(splits.train) == 3
+    assert [pair.rejected for pair in splits.train] == ["bad", "bad", "other"]
     assert list(splits.evaluation) == [PreferencePair("held0", "good 0", "bad")]
+
+
+def test_equal_answers_to_different_questions_both_stay_in_sft():
+    pairs = [
+        PreferencePair("a", "Yes.", "No."),
+        PreferencePair("b", "Yes.", "No."),
+        PreferencePair("a", "No.", "Yes."),
+        PreferencePair("a", "Yes.", "Maybe."),  # for SFT the same as the first
+    ]
+    assert list(without_repeats(pairs)) == pairs[:3]
+
+
+def test_a_subset_reads_the_pairs_of_its_indices():
+    pairs = [PreferencePair(f"q{i}", "Yes.", "No.") for i in range(10)]
+    some = Subset(pairs, [7, 2, 5])
+    assert len(some) == 3 and list(some) == [pairs[7], pairs[2], pairs[5]]
+    assert some[-1] == pairs[5] and list(some[1:]) == [pairs[2], pairs[5]]
+    assert pairs[7] in some and pairs[3] not in some
+    with pytest.raises(IndexError):
+        some[3]
 
 
 @pytest.mark.parametrize(("n", "wanted"), [(40, 16), (320, 16), (1000, 50)])
@@ -239,8 +289,8 @@ def test_no_held_out_question_is_trained_on(tmp_path):
     random.Random(0).shuffle(rows)
     splits = load_splits(write_rows(tmp_path / "rows.jsonl", rows), log=quiet)
     held = {pair.prompt for pair in splits.evaluation}
-    assert not held & {pair.prompt for pair in splits.train}
-    assert not held & {pair.prompt for pair in splits.sft}
+    assert held & {pair.prompt for pair in splits.train} == set()
+    assert held & {pair.prompt for pair in splits.sft} == set()
     assert 20 <= len(splits.evaluation) < 20 + 4  # 5% of 400, up to the end of a question
     assert len(splits.evaluation) + len(splits.train) == len(rows)
 
@@ -259,7 +309,7 @@ def test_too_few_pairs_to_hold_any_out_are_refused(tmp_path):
         load_splits(write_rows(tmp_path / "rows.jsonl", plain_rows(10)), log=quiet)
 
 
-# Pairs to token rows.
+# Pairs to token ids.
 
 
 def test_an_encoded_pair_is_the_template_with_one_bos_and_one_eos():
@@ -331,21 +381,25 @@ def test_dropped_rows_are_counted_and_the_rest_keeps_its_order_and_its_ends():
     kept = encode_pairs(ByteTokenizer(), [PAIR, long, PAIR], 32, "pairs", said.append)
     assert kept == [encode_pair(ByteTokenizer(), PAIR, 32)] * 2
     assert said == ["pairs: dropped 1 of 3 longer than 32 tokens"]
-    texts = [("Is it?", "Yes."), ("Is it?", "Yes, it is."), ("Is it?", "No.")]
+    # Whatever the rejected answer is: SFT does not read it.
+    texts = [
+        PreferencePair("Is it?", answer, "x" * 99) for answer in ("Yes.", "Yes, it is.", "No.")
+    ]
     sft = encode_sft(ByteTokenizer(), texts, 32, said.append)
     assert [ByteTokenizer().decode(answer) for _, answer in sft] == [" Yes.", " No."]
-    assert all(answer[-1] == 2 for _, answer in sft)
-    assert "dropped 1 of 3" in said[1]
+    assert [answer[-1] for _, answer in sft] == [2, 2]
+    assert said[1] == "SFT texts: dropped 1 of 3 longer than 32 tokens"
 
 
 def test_if_everything_is_too_long_the_flag_is_named():
-    for encode, what in ((encode_pairs, "pairs"), (encode_sft, None)):
-        data = [PAIR, PAIR] if what else [("Is it?", "Yes.")] * 2
-        with pytest.raises(InputError, match="all 2 are longer than --max-length 20"):
-            encode(ByteTokenizer(), data, 20, *([what] if what else []), quiet)
+    too_long = "all 2 are longer than --max-length 20"
+    with pytest.raises(InputError, match=f"pairs: {too_long}"):
+        encode_pairs(ByteTokenizer(), [PAIR, PAIR], 20, "pairs", quiet)
+    with pytest.raises(InputError, match=f"SFT texts: {too_long}"):
+        encode_sft(ByteTokenizer(), [PAIR, PAIR], 20, quiet)
 
 
-# Rows to batches.
+# Token ids to batches.
 
 
 def random_pairs(n, seed=0, most=12):
@@ -384,7 +438,7 @@ def test_both_answers_go_on_from_the_prompt_and_do_not_see_each_other():
 
 
 def test_a_shared_prompt_gives_each_answers_own_log_probs_and_gradients():
-    # The oracle is the plain layout: a row for each answer, with a prompt of its own.
+    # The oracle is the plain layout: one row per answer, with a prompt of its own.
     pairs, model, other = random_pairs(7), tiny_llama(), tiny_llama()
     chosen, rejected = preference_logps(model, pair_batch(pairs, list(range(7)), "cpu"))
     for answers, logps in (("chosen", chosen), ("rejected", rejected)):
@@ -422,11 +476,23 @@ def test_padding_is_on_the_right_and_only_as_long_as_the_longest_row():
     pairs = random_pairs(5)
     batch = pair_batch(pairs, [0, 1, 2, 3, 4], "cpu")
     lengths = [len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs]
-    assert pair_lengths(pairs) == lengths
     assert batch.tokens.shape == batch.loss_mask.shape == (5, max(lengths))
     assert batch.num_tokens == sum(lengths) + sum(len(p.prompt) for p in pairs)
     for row, mask, n in zip(batch.tokens, batch.loss_mask, lengths, strict=True):
         assert row[0] == 1 and mask[n - 1] and not mask[n:].any()
+
+
+# The order.
+
+
+def test_the_rows_of_a_window_are_sorted_by_length_without_the_pairs_that_do_not_fit():
+    pairs = random_pairs(40)
+    pairs[3] = pairs[17] = None  # too long
+    window = random.Random(0).sample(range(40), 30)
+    rows = pair_rows(pairs, window)
+    assert sorted(rows) == sorted(set(window) - {3, 17})
+    lengths = [len(p) + len(c) + len(r) for p, c, r in (pairs[i] for i in rows)]
+    assert lengths == sorted(lengths)
 
 
 def take(order, n):
@@ -464,6 +530,53 @@ def test_the_order_depends_on_the_seed_and_not_on_the_random_state_or_on_reading
     take(batch_order(lengths, 4, 7), 5)
     assert torch.equal(torch.get_rng_state(), state)
     assert take(batch_order(lengths, 4, 8), 120) != first
+
+
+def test_the_seed_decides_which_pairs_share_a_window_and_in_which_order_its_batches_come():
+    # Two windows of 64 batches each, all lengths different.
+    lengths = list(range(5, 5 + 2 * 64 * 3))
+    one, other = (take(batch_order(lengths, 3, seed), 64) for seed in (1, 2))
+    windows = [{i for batch in batches for i in batch} for batches in (one, other)]
+    assert len(windows[0]) == len(windows[1]) == 64 * 3 and windows[0] != windows[1]
+    # A single window: whatever the seed, sorted by length and cut, so only the order differs.
+    one, other = (take(batch_order(lengths[:60], 3, seed), 20) for seed in (1, 2))
+    assert sorted(one) == sorted(other) == [[i, i + 1, i + 2] for i in range(0, 60, 3)]
+    assert one != other and sorted(one) != one
+
+
+def orders(seed=0):
+    """{name: (an order that has several windows per epoch, batch size)}."""
+    pairs = random_pairs(300, most=9)
+    pairs[::7] = [None] * len(pairs[::7])  # too long: windows differ in how many rows they have
+    examples = [(pair.prompt, pair.chosen) if pair else None for pair in pairs]
+    packed = packed_order(examples, max_length=24, window=50, seed=seed)
+    return {"pairs": (pair_order(pairs, 2, seed), 2), "packed": (packed, 3)}
+
+
+@pytest.mark.parametrize("name", ["pairs", "packed"])
+def test_an_order_goes_on_behind_any_place_exactly(name):
+    order, size = orders()[name]
+    drawn = list(itertools.islice(order.batches(size), 400))  # into the third epoch
+    assert drawn[-1][1][0] > 2 * -(-order.n // order.window)
+    places = [place for _, place in drawn]
+    assert places == sorted(set(places))
+    for done in (1, 2, 7, 63, 64, 65, 150, 151, 380):
+        rest = order.batches(size, places[done - 1])
+        assert list(itertools.islice(rest, 20)) == drawn[done : done + 20], done
+    again = orders()[name][0].batches(size, (0, 0))  # another object, from the beginning
+    assert list(itertools.islice(again, 30)) == drawn[:30]
+
+
+def test_the_rows_and_batches_of_an_epoch_are_counted():
+    pairs = random_pairs(130)
+    order = pair_order(pairs, 4, 0)  # one window of 130 pairs
+    assert (order.num_rows(), order.num_batches(4)) == (130, 33)
+    epoch = list(itertools.islice(order.batches(4), 34))
+    assert [place for _, place in epoch[-2:]] == [(0, 33), (1, 1)]
+    examples = [(pair.prompt, pair.chosen) for pair in pairs]
+    packed = packed_order(examples, 40, len(examples), 0)
+    rows = pack([len(p) + len(a) for p, a in examples], 40)
+    assert packed.num_rows() == len(rows) and packed.num_batches(4) == -(-len(rows) // 4)
 
 
 def test_batches_are_of_similar_lengths_and_not_sorted_over_the_epoch():
@@ -504,6 +617,21 @@ def test_packing_by_hand():
     assert pack([4], 4) == [[0]]
 
 
+def test_packed_rows_hold_the_examples_that_fit_in_an_order_as_random_as_that_of_their_indices():
+    examples = [(pair.prompt, pair.chosen) for pair in random_pairs(200)]
+    examples[5] = examples[50] = None  # too long
+    window = random.Random(0).sample(range(200), 150)
+    rows = packed_rows(examples, 30, window)
+    assert sorted(i for row in rows for i in row) == sorted(set(window) - {5, 50})
+    filled = [sum(map(len, [t for i in row for t in examples[i]])) for row in rows]
+    assert max(filled) <= 30
+    # Each row comes where its first and longest text lay among the indices.
+    places = [window.index(row[0]) for row in rows]
+    assert places == sorted(places)
+    falling = sum(a > b for a, b in zip(filled, filled[1:], strict=False))
+    assert falling > 10  # packing itself leaves the fullest rows first or last
+
+
 def packed_examples():
     """Seven examples of (prompt, answer) ids, and their rows when packed to 24 tokens."""
     examples = [(pair.prompt, pair.chosen) for pair in random_pairs(7, seed=3, most=6)]
@@ -541,7 +669,7 @@ def test_packed_examples_never_see_each_other():
         after = packed_logps(model, varied, rows)
         for i in before:
             same = torch.allclose(after[i], before[i], rtol=0, atol=1e-12)
-            assert same == (i != changed), (i, changed)
+            assert same == (i != changed), (i, changed, after[i], before[i])
 
 
 def test_packed_rows_score_answers_only_and_count_what_they_hold():
