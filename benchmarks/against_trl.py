@@ -47,7 +47,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from models import machine_record, model_folder, write_result
+from models import model_folder
+from record import machine_record, write_result
 from step import peak_memory, reset_peak, wait
 
 from dpo_minimal.batches import pair_batch
