@@ -23,7 +23,7 @@ import length
 import noise
 import tuning as t
 import world as w
-from record import rounded
+from drawing import rounded
 
 FIGURES = Path(__file__).parents[1] / "figures"
 EXPERIMENTS = sorted(path.stem for path in (FIGURES / "results").glob("*.json"))
