@@ -12,7 +12,7 @@ CPU it is that of the whole process with Python and libraries (memory_before_gb 
 
 All sides train the same initial adapter (rank 8, q_proj and v_proj) over the same base in NF4 with
 double quantization, with AdamW and our learning rates, and log every step. The batches are those of
-our `batch_order`. That favours TRL, because its own random batches have more padding. In float32
+our `one_epoch`. That favours TRL, because its own random batches have more padding. In float32
 the losses of ours and trl-best agree to four digits. In bfloat16 rounding changes the loss of a
 single step by about 0.03.
 
@@ -52,8 +52,6 @@ from same_task import make_batches, pair_tokens
 from step import peak_memory
 
 SIDES = ("ours", "ours-compile", "trl-best", "trl-compile", "trl-default")
-BETA = 0.1
-LORA = {"r": 8, "alpha": 16, "dropout": 0.0, "targets": "q_proj,v_proj"}
 
 
 def make_parser() -> argparse.ArgumentParser:
