@@ -1,20 +1,20 @@
-"""Dequantizing NF4: our code, the same code compiled, and bitsandbytes' kernel where installed.
+"""The time of dequantizing NF4: our code, our code compiled, and bitsandbytes if it is installed.
 
     python benchmarks/dequantize.py
 
-In turn, round after round, so that a machine that slows down favours none; medians. Every result
-is first compared with the definition, bit for bit: code * absmax in float32, then one cast.
+The sides take turns in every round, so that a machine that slows down favours none. The table shows
+medians. Before that, every result is compared bit for bit with the definition: code * absmax in
+float32, then one cast.
 """
 
 import argparse
 import statistics
 import sys
-import time
 from functools import partial
 
 import torch
-from models import machine_record, write_result
-from step import wait
+from record import save, script_parser
+from step import seconds_of
 
 from dpo_minimal.nf4 import (
     NF4_CODE,
@@ -26,7 +26,7 @@ from dpo_minimal.nf4 import (
 
 
 def definition(weight: NF4Weight) -> torch.Tensor:
-    """The weight back, in the plainest way."""
+    """The dequantized weight, computed in the plainest way."""
     nibbles = torch.stack((weight.packed >> 4, weight.packed & 15), dim=1).flatten().long()
     values = NF4_CODE.to(nibbles.device)[nibbles].view(-1, weight.block_size)
     values = values * dequantize_absmax(weight)[:, None]
@@ -34,21 +34,24 @@ def definition(weight: NF4Weight) -> torch.Tensor:
 
 
 def bitsandbytes_side(weight: torch.Tensor):
-    """(its dequantization of its own 4 bits of the weight, these bits as ours); None without it."""
+    """(function that dequantizes its own codes, the same codes as our NF4Weight), or None.
+
+    None if bitsandbytes is not installed.
+    """
     try:
         import bitsandbytes.functional as bnb
     except ImportError:
         return None
     options = {"quant_type": "nf4", "compress_statistics": True, "blocksize": 64}
     packed, state = bnb.quantize_4bit(weight, **options)
-    # Its quantizer may choose other absmax codes than ours: what it chose is what we compare with.
+    # Its quantizer may choose other absmax codes than ours, so we compare with what it chose.
     absmax = bnb.dequantize_blockwise(state.absmax, state.state2).float() + state.offset
     ours = NF4Weight(packed.flatten(), tuple(weight.shape), weight.dtype, 64, absmax.flatten())
     return partial(bnb.dequantize_4bit, packed, state), ours
 
 
 def make_sides(weight: torch.Tensor, compiled: bool) -> dict:
-    """{name: (function to time, what it must return)}."""
+    """{name: (function to time, what it has to return)}."""
     quantized = quantize_nf4(weight)
     expected = definition(quantized)
     sides = {"ours": (partial(dequantize_nf4, quantized), expected)}
@@ -62,17 +65,8 @@ def make_sides(weight: torch.Tensor, compiled: bool) -> dict:
     return sides
 
 
-def seconds_of(run) -> float:
-    """How long one call takes."""
-    wait()
-    started = time.perf_counter()
-    run()
-    wait()
-    return time.perf_counter() - started
-
-
 def show(figures: dict):
-    """Print the table; ratios are to bitsandbytes' time, without it to our own."""
+    """Print the table. Ratios are to the time of bitsandbytes, or without it to our own."""
     unit = "bitsandbytes" if "bitsandbytes" in figures else "ours"
     print(f"{'':22}{'ms':>10}{'times ' + unit:>22}{'weights/s':>12}{'exact':>8}")
     for name, figure in figures.items():
@@ -81,19 +75,23 @@ def show(figures: dict):
         print(f"{name:22}{figure['seconds'] * 1e3:>10.2f}{ratio:>22.2f}{rate:>12.2e}{exact:>8}")
 
 
-def main():
-    """The command line: the table, and with --json the figures."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+def read_arguments() -> argparse.Namespace:
+    """The flags."""
+    parser = script_parser(__doc__)
     add = parser.add_argument
-    add("--shape", nargs=2, type=int, default=[4096, 4096], help="out and in")
+    add("--shape", nargs=2, type=int, default=[4096, 4096], help="rows (out) and columns (in)")
     add("--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16")
     add("--rounds", type=int, default=50)
     add("--compile", action=argparse.BooleanOptionalAction, default=True)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, default=torch.get_num_threads())
     add("--json", help="write the figures to this file")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    """The command line: print the table, and write the figures if --json is given."""
+    args = read_arguments()
     torch.set_num_threads(args.threads)
     weight = torch.randn(args.shape, generator=torch.Generator().manual_seed(0)) * 0.02
     weight = weight.to(args.device, getattr(torch, args.dtype))
@@ -109,10 +107,7 @@ def main():
         rate = weight.numel() / median
         figures[name] = {"seconds": median, "weights_per_second": rate, "exact": exact[name]}
     show(figures)
-    if args.json:
-        settings = {k: v for k, v in vars(args).items() if k != "json"}
-        result = {"machine": machine_record(), "settings": settings, "figures": figures}
-        write_result(args.json, result | {"seconds_all": times})
+    save(args, {"figures": figures, "seconds_all": times})
     return not all(exact.values())
 
 

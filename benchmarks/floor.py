@@ -1,27 +1,19 @@
-"""What this machine can do at most, and what share of it a DPO step reaches.
+"""How fast this machine can compute at most, and what share of that a DPO step reaches.
 
     python benchmarks/floor.py --model random:smollm2-135m --dtype bfloat16
 
-The ceilings are measured here: matrix products, large and square and at the step's own shapes;
-copying; dequantizing. The step's products are counted by hand (`products`, `flops`), and two shares
-told: of the rate of a large square product, and of the time that the step's own products and
-dequantizations take when nothing else is done.
+The ceilings are measured: matrix products (one large and square, and all those of the step),
+copying, dequantizing. The products of the step are counted by hand (`products`, `flops`). The
+result is two shares: the step's rate of operations as a share of the large product's rate, and the
+time of the step's products and dequantizations alone as a share of the step's time.
 """
 
 import statistics
 
 import torch
 import torch.nn.functional as F
-from models import machine_record, write_result
-from step import (
-    build_model,
-    make_batch,
-    make_step,
-    read_arguments,
-    seconds_each,
-    settings_record,
-    step_parser,
-)
+from record import save
+from step import build_model, make_batch, make_step, read_arguments, seconds_each, step_parser
 
 from dpo_minimal.loss import CHUNK
 from dpo_minimal.nf4 import dequantize_nf4, quantize_nf4
@@ -30,7 +22,7 @@ from dpo_minimal.nf4 import dequantize_nf4, quantize_nf4
 
 
 def block_layers(config) -> dict[str, tuple[int, int]]:
-    """{name: (in, out)} of a block's linear layers."""
+    """The linear layers of a block, {name: (in, out)}."""
     D, inner, K = config.hidden_size, config.intermediate_size, config.head_dim
     H, G = config.num_attention_heads, config.num_key_value_heads
     attention = {"q_proj": (D, H * K), "k_proj": (D, G * K), "v_proj": (D, G * K)}
@@ -39,12 +31,13 @@ def block_layers(config) -> dict[str, tuple[int, int]]:
 
 
 def products(config, args, batch) -> list[tuple]:
-    """The products with the base's weights: (times, rows, in, out, whether it is backward's).
+    """The products with the base's weights: (times, rows, in, out, whether it is in backward).
 
-    Forward x W^T; once more where backward recomputes the block, but for its last product, which
-    nothing needs again (an adapter there would); backward grad_y W for the input alone, as the base
-    is frozen, and not below the first adapter: the first q, k, v need none. The head reads scored
-    positions only; all of its chunks but the last are recomputed.
+    Forward: x W^T. With checkpointing it is done twice, except for the last product of the block:
+    nothing needs its result again, unless there is an adapter.
+    Backward: grad_y W, for the input only, because the base is frozen. The q, k, v of the first
+    block have none, because nothing below them is trained.
+    Head: scored positions only. All of its chunks but the last are recomputed.
     """
     L, tokens, scored = config.num_hidden_layers, batch.tokens.numel(), int(batch.loss_mask.sum())
     result = []
@@ -62,11 +55,12 @@ def products(config, args, batch) -> list[tuple]:
 
 
 def flops(config, args, batch) -> dict[str, float]:
-    """Floating-point operations of a step, a multiplication and an addition being two.
+    """Floating-point operations per step. A multiplication and an addition count as two.
 
-    Adapters: x A^T and (x A^T) B^T for both of a layer; backward the same again for the inputs,
-    and for the trained one once more for A and B. Attention: q k^T and p v, five products of that
-    size in backward (q k^T again, and the gradients of v, p, q, k), over all of [T, T].
+    Adapters: x A^T and (x A^T) B^T for both adapters of a layer. Backward does the same again for
+    the inputs, and once more for A and B of the trained adapter.
+    Attention: q k^T and p v. Backward has five products of that size: q k^T again, and the
+    gradients of v, p, q, k. All of [T, T] is counted.
     """
     L, tokens, layers = config.num_hidden_layers, batch.tokens.numel(), block_layers(config)
     forwards = 2 if args.gradient_checkpointing else 1
@@ -93,7 +87,7 @@ def product_seconds(rows, fan_in, fan_out, backward, dtype, device, times=7) -> 
 
 
 def ceilings(args) -> dict[str, float]:
-    """Operations a second of a large square product, bytes a second of a large copy."""
+    """Operations per second of a large square product, bytes per second of a large copy."""
     n = args.square
     result = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -107,9 +101,10 @@ def ceilings(args) -> dict[str, float]:
 
 
 def dequantize_seconds(config, args) -> float:
-    """A step's dequantizations by themselves: each layer in forward, and once more in backward.
+    """The time of a step's dequantizations alone: each layer once in forward, once in backward.
 
-    (Where a block is recomputed, its weight is kept from there to its backward.)
+    With checkpointing it is the same number: the weights that are dequantized for the recomputed
+    forward are kept for the backward of the block.
     """
     total = 0
     for fan_in, fan_out in block_layers(config).values():
@@ -121,7 +116,7 @@ def dequantize_seconds(config, args) -> float:
 
 
 def shape_rates(config, args, batch) -> list[dict]:
-    """The time and rate of each of the step's own products."""
+    """The time and the rate of each product of the step."""
     result = []
     for times, rows, fan_in, fan_out, backward in products(config, args, batch):
         shape = (rows, fan_in, fan_out, backward)
@@ -132,11 +127,11 @@ def shape_rates(config, args, batch) -> list[dict]:
     return result
 
 
-# --- both -------------------------------------------------------------------------------------
+# --- the comparison ---------------------------------------------------------------------------
 
 
 def measure(args) -> dict:
-    """The step, its count, the ceilings and the shares."""
+    """Time the step, count its operations, measure the ceilings, compute the shares."""
     model = build_model(args)
     batch, config = make_batch(args, model.config.vocab_size), model.config
     seconds = statistics.median(seconds_each(make_step(model, batch)[0], args.steps))
@@ -162,7 +157,7 @@ def measure(args) -> dict:
 
 
 def show(result: dict):
-    """Print the ceilings, the step's products, and the shares."""
+    """Print the ceilings, the products of the step, and the shares."""
     for name, value in result["ceilings"].items():
         print(f"{name:42}{value / 1e9:>12,.1f} G")
     print(f"\n{'product':>42}{'times':>8}{'ms':>10}{'GFLOP/s':>12}")
@@ -178,21 +173,20 @@ def show(result: dict):
         )
     print()
     for name, value in result["flops"].items():
-        print(f"{name + ', GFLOP a step':42}{value / 1e9:>12,.1f}")
+        print(f"{name + ', GFLOP per step':42}{value / 1e9:>12,.1f}")
     for name, value in result["step"].items():
         scaled, form = (value / 1e9, ",.1f") if value > 1e7 else (value, ",.3f")
         print(f"{name + (' / 1e9' if value > 1e7 else ''):42}{scaled:>12{form}}")
 
 
 def main():
-    """The command line: the table, and with --json the figures."""
+    """The command line: print the table, and write the figures if --json is given."""
     parser = step_parser(__doc__)
     parser.add_argument("--square", type=int, default=4096, help="rows of the large product")
     args = read_arguments(parser)
-    result = {"machine": machine_record(), "settings": settings_record(args)} | measure(args)
+    result = measure(args)
     show(result)
-    if args.json:
-        write_result(args.json, result)
+    save(args, result)
 
 
 if __name__ == "__main__":

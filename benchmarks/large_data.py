@@ -1,30 +1,28 @@
-"""Preference data larger than memory: seconds to the first step, and the memory that it takes.
+"""Training on a very large preference file: seconds to the first step, and peak memory.
 
     python benchmarks/large_data.py --pairs 1000000 --json large_data.json
 
 Writes synthetic pairs as JSON Lines, then runs `train.py --stage sft` and `--stage dpo` on them
-with a tiny model, each in a process of its own that is watched from outside.
+with a tiny model. Each stage is a process of its own, and this one watches its output.
 """
 
-import argparse
 import json
 import os
 import random
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from models import machine_record, write_result
+from record import TRAIN, python_command, save, script_parser
+from step import max_resident
 
-TRAIN = Path(__file__).parents[1] / "train.py"
 WORDS = "the a this my your old new how why what does make get work with for of in on to is"
 
 
 def write_pairs(path, count: int, bytes_per_answer: int):
-    """Write `count` pairs on a third as many questions. Answers are pieces of one random text."""
+    """Write `count` pairs for a third as many questions. Answers are pieces of one random text."""
     rng = random.Random(0)
     words = WORDS.split()
     text = " ".join(rng.choice(words) + str(rng.randrange(1000)) for _ in range(200_000))
@@ -32,7 +30,7 @@ def write_pairs(path, count: int, bytes_per_answer: int):
     with open(path, "w", encoding="utf-8") as file:
         for _ in range(count):
             starts = (rng.randrange(len(text) - 2 * bytes_per_answer) for _ in range(2))
-            # From half to one and a half times as long, and never equal.
+            # 0.5 to 1.5 times --bytes-per-answer. The added "." keeps the two answers different.
             lengths = (rng.randint(bytes_per_answer // 2, 3 * bytes_per_answer // 2) for _ in "ab")
             chosen, rejected = (text[a : a + n] for a, n in zip(starts, lengths, strict=True))
             row = {"prompt": rng.choice(questions), "chosen": chosen, "rejected": f"{rejected}."}
@@ -40,13 +38,13 @@ def write_pairs(path, count: int, bytes_per_answer: int):
 
 
 def run(*flags) -> subprocess.Popen:
-    """Start train.py with these flags; its output is read from here."""
-    command = [sys.executable, "-u", TRAIN, *flags]
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
+    """Start train.py with these flags. `watch` reads what it prints, line by line."""
+    command = python_command("-u", TRAIN, *flags)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 def watch(process) -> dict:
-    """Seconds to the model's loading and to the end of the first step, and the peak of memory."""
+    """Seconds until the model is loaded and until the first step is done, and the peak memory."""
     started, seconds = time.perf_counter(), {}
     for line in process.stdout:
         print(f"{time.perf_counter() - started:7.1f} s  {line}", end="", flush=True)
@@ -57,13 +55,12 @@ def watch(process) -> dict:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"train.py ended with status {process.returncode}")
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = usage.ru_maxrss * unit / 1e9
+    peak = max_resident(usage) / 1e9
     return {"seconds": seconds, "total": time.perf_counter() - started, "peak_rss_gb": peak}
 
 
 def measure(args, folder: Path) -> dict:
-    """Make the data and a model, then run both stages: {stage: what `watch` saw}."""
+    """Make the data and a model, then run both stages: {stage: what `watch` measured}."""
     data, started = folder / "pairs.jsonl", time.perf_counter()
     write_pairs(data, args.pairs, args.bytes_per_answer)
     size = data.stat().st_size
@@ -87,27 +84,23 @@ def measure(args, folder: Path) -> dict:
 
 def main():
     """The command line."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = script_parser(__doc__)
     parser.add_argument("--pairs", type=int, default=1_000_000)
     parser.add_argument("--bytes-per-answer", type=int, default=1000)
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--max-steps", type=int, default=10)
-    held_out = "pairs in a file of their own; 0: 1,000 are held out, for long minutes at the end"
+    held_out = "evaluation pairs in their own file (0: train.py holds out 1,000: slow)"
     parser.add_argument("--held-out", type=int, default=32, help=held_out)
-    parser.add_argument("--model", help="a model folder; without it a tiny one is made")
+    parser.add_argument("--model", help="a model folder (default: a tiny model is made)")
     parser.add_argument("--scratch", help="a folder with room for twice the data")
-    parser.add_argument("--json", help="where the figures go")
+    parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=args.scratch))
     try:
-        names = ("pairs", "bytes_per_answer", "max_length", "max_steps", "held_out")
-        settings = {name: getattr(args, name) for name in names}
-        result = {"machine": machine_record(), "settings": settings, **measure(args, folder)}
+        result = measure(args, folder)
     finally:
         shutil.rmtree(folder)
-    if args.json:
-        write_result(args.json, result)
+    save(args, result)
 
 
 if __name__ == "__main__":

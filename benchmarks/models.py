@@ -1,23 +1,17 @@
-"""What the benchmarks share: models to measure, and a record of the machine that measured.
+"""The models that the benchmarks measure.
 
     python benchmarks/models.py random:llama-2-7b OUT
 
 A model is a folder in the Hugging Face layout, or `random:SHAPE`: a checkpoint of that shape with
-random weights, made once. Time and memory do not depend on what the weights are. It has no
-tokenizer: who measures a random model feeds it random token ids.
+random weights, which is made once. Time and memory do not depend on the values of the weights. A
+random model has no tokenizer, so it is measured on random token ids.
 """
 
-import argparse
-import importlib.metadata
-import json
-import os
-import platform
-import shlex
 import sys
-import time
 from pathlib import Path
 
 import torch
+from record import script_parser
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # dpo_minimal, installed or not
 
@@ -48,11 +42,10 @@ SHAPES = {
         **{"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
     },
 }
-PACKAGES = ("torch", "numpy", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
 
 
 def model_folder(name: str, scratch=None) -> Path:
-    """The folder of a model: itself, or for `random:SHAPE` one that is made in `scratch` once."""
+    """The folder of a model. A `random:SHAPE` is made in `scratch` if it is not there yet."""
     if not name.startswith("random:"):
         return Path(name)
     shape = name.removeprefix("random:")
@@ -71,8 +64,8 @@ def write_random_model(config: LlamaConfig, folder):
     """Write a Hugging Face folder of random bfloat16 weights: normal, std 0.02; norms are 1."""
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in Llama(config).named_parameters()}
-    # Seven billion samples take minutes. These are used again for each tensor, from another place
-    # on; a prime number of them, so that no row of a matrix is another row of it.
+    # Seven billion samples would take minutes, so all tensors share these, each from another start.
+    # Their number is prime, so that no two rows of a matrix are equal.
     generator = torch.Generator().manual_seed(0)
     samples = torch.randn(2**24 - 3, generator=generator).mul_(config.initializer_range)
     samples = samples.bfloat16()
@@ -90,51 +83,9 @@ def write_random_model(config: LlamaConfig, folder):
         write_shards(partial, shapes, torch.bfloat16, read)
 
 
-def machine_record() -> dict:
-    """Where and when a benchmark ran: processor, cores, GPU, versions, command line."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    cuda = torch.cuda.is_available()
-    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)
-    # A folder's place on this machine says nothing elsewhere, its name does.
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv]
-    return {
-        "cpu": cpu_name(),
-        "cores": len(affinity),
-        "gpu": torch.cuda.get_device_name() if cuda else None,
-        "gpu_memory_gb": torch.cuda.get_device_properties(0).total_memory / 1e9 if cuda else None,
-        "cuda": torch.version.cuda if cuda else None,
-        "versions": versions,
-        "command": "python " + shlex.join(words),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def cpu_name() -> str:
-    """The processor's name as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def write_result(path, record: dict):
-    """Write a benchmark's figures as JSON, and say where."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-    print(f"wrote {path}", flush=True)
-
-
 def main():
     """The command line: make one random model."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = script_parser(__doc__)
     parser.add_argument("model", help="random: and one of " + ", ".join(SHAPES))
     parser.add_argument("out", help="the folder to make it in")
     args = parser.parse_args()

@@ -1,23 +1,22 @@
-"""How a DPO step's time and memory grow with the length, the batch and the model.
+"""How the time and the memory of a DPO step grow with the length, the batch and the model.
 
     python benchmarks/scaling.py
     python benchmarks/scaling.py --axes length --lengths 512 1024 2048 --model random:llama-2-7b
 
-One thing grows at a time, the others stay as the flags say. Each point is a process of its own,
-benchmarks/step.py, so that its peak memory is its own.
+One of them grows at a time, the others stay as the flags say. Each point is measured by
+benchmarks/step.py in a process of its own, so that its peak memory is its own.
 """
 
-import sys
-
-from models import machine_record, model_folder, write_result
-from step import read_arguments, run_alone, settings_record, step_flags, step_parser
+from models import model_folder
+from record import save
+from step import read_arguments, run_alone, step_flags, step_parser
 
 AXES = ("length", "pairs", "model")
 COLUMNS = ("seconds", "ratio", "tokens/s", "loaded GB", "peak GB", "step adds GB", "ratio")
 
 
 def points_of(axis: str, args) -> list:
-    """The values that one axis takes."""
+    """The values of one axis."""
     return {"length": args.lengths, "pairs": args.batches, "model": args.models}[axis]
 
 
@@ -25,14 +24,14 @@ def measure(axis: str, value, args) -> dict:
     """One point: what step.py measured there."""
     changes = {axis: value} | ({"prompt": None} if axis == "length" else {})
     settings = vars(args) | changes
-    model_folder(settings["model"], args.scratch)  # made here, so that the child only reads it
+    model_folder(settings["model"], args.scratch)  # made here: the child process only reads it
     result = run_alone("step.py", step_flags(args, **changes))
     result["step_adds_bytes"] = result["step_peak_bytes"] - result["loaded_bytes"]
     return {axis: value} | result
 
 
 def row(axis: str, point: dict, first: dict) -> str:
-    """One line of the table: a point, and how many times the first point's values it has."""
+    """One line of the table: a point, and its ratios to the first point."""
     cells = [
         f"{point['step_seconds']:.3f}",
         f"{point['step_seconds'] / first['step_seconds']:.2f}",
@@ -45,25 +44,24 @@ def row(axis: str, point: dict, first: dict) -> str:
 
 
 def main():
-    """The command line: a table for each axis, and with --json the figures."""
+    """The command line: print a table per axis, and write the figures if --json is given."""
     parser = step_parser(__doc__, pairs=2, length=256, steps=3)
     add = parser.add_argument
     add("--axes", nargs="+", choices=AXES, default=AXES)
     add("--lengths", nargs="+", type=int, default=[128, 256, 512, 1024])
-    add("--batches", nargs="+", type=int, default=[1, 2, 4, 8], help="pairs a step")
+    add("--batches", nargs="+", type=int, default=[1, 2, 4, 8], help="pairs per step")
     models = ["random:tiny", "random:smollm2-135m", "random:tinyllama-1.1b"]
     add("--models", nargs="+", default=models)
     args = read_arguments(parser)
-    result = {"machine": machine_record(), "settings": settings_record(args)}
+    result = {}
     for axis in args.axes:
         print(f"\n{axis:22}" + "".join(f"{name:>14}" for name in COLUMNS), flush=True)
         points = result[axis] = []
         for value in points_of(axis, args):
             points.append(measure(axis, value, args))
             print(row(axis, points[-1], points[0]), flush=True)
-        if args.json:
-            write_result(args.json, result)  # what there is, should the rest fail
+        save(args, result)  # after each axis, in case a later one fails
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,9 +1,10 @@
-"""One DPO step of this project: its time and its peak memory. The other benchmarks build on it.
+"""The time and the peak memory of one DPO step of this project. Other benchmarks build on it.
 
     python benchmarks/step.py --model random:smollm2-135m --pairs 4 --length 512
 
-A step is what dpo_minimal.loop does: forward, loss, backward, clipping, AdamW; the reference's
-log-probabilities are numbers by then. Random tokens; all pairs are equally long, so no padding.
+A step is what dpo_minimal.loop does: forward, loss, backward, clipping, AdamW. The reference's
+log-probabilities are known before it starts. Tokens are random. All pairs have the same length, so
+there is no padding.
 """
 
 import argparse
@@ -17,7 +18,8 @@ import time
 from pathlib import Path
 
 import torch
-from models import machine_record, model_folder, write_result
+from models import model_folder
+from record import python_command, save, script_parser
 
 from dpo_minimal.batches import pair_batch
 from dpo_minimal.checkpoint import load_llama
@@ -27,47 +29,41 @@ from dpo_minimal.loss import dpo_loss, preference_logps
 
 
 def step_parser(description: str, **defaults) -> argparse.ArgumentParser:
-    """The flags that say which step; train.py's names where it has them."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=raw)
+    """The flags that describe a step. They have train.py's names where train.py has them too."""
+    parser = script_parser(description)
     add, on_off = parser.add_argument, argparse.BooleanOptionalAction
     add("--model", default="random:smollm2-135m", help="a folder, or random:SHAPE")
-    add("--scratch", help="where random models are made (a cache in the home folder)")
-    add("--pairs", type=int, default=4, help="pairs a step")
+    add("--scratch", help="where random models are made (default: ~/.cache)")
+    add("--pairs", type=int, default=4, help="pairs per step")
     add("--length", type=int, default=512, help="tokens of prompt + answer")
-    add("--prompt", type=int, help="tokens of the prompt (half of --length)")
+    add("--prompt", type=int, help="tokens of the prompt (default: half of --length)")
     add("--r", type=int, default=8, help="rank of the adapters")
     add("--targets", default="q_proj,v_proj", help="linear layers with adapters, or all")
     add("--dropout", type=float, default=0.05)
     add("--gradient-checkpointing", action=on_off, default=True)
-    add("--dtype", choices=["float32", "bfloat16"], help="bfloat16 on a GPU, else float32")
-    add("--device", help="cuda if there is one, else cpu")
-    add("--threads", type=int, help="CPU threads (as torch chooses)")
-    add("--steps", type=int, default=5, help="timed steps, after one that warms up")
+    add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, else float32")
+    add("--device", help="default: cuda if there is one, else cpu")
+    add("--threads", type=int, help="CPU threads (default: torch chooses)")
+    add("--steps", type=int, default=5, help="timed steps, after one to warm up")
     add("--json", help="write the figures to this file")
     parser.set_defaults(**defaults)
     return parser
 
 
 def read_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The flags with device, dtype, prompt length and threads settled."""
+    """The flags, with device, dtype, prompt length and threads filled in."""
     args = parser.parse_args()
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     args.prompt = args.length // 2 if args.prompt is None else args.prompt
     if args.threads:
         torch.set_num_threads(args.threads)
+    args.threads = torch.get_num_threads()
     return args
 
 
-def settings_record(args) -> dict:
-    """The flags for a result's file; a folder's place says nothing elsewhere, its name does."""
-    settings = {k: v for k, v in vars(args).items() if k not in ("scratch", "json")}
-    return settings | {"model": Path(args.model).name, "threads": torch.get_num_threads()}
-
-
 def step_flags(args, **changes) -> list[str]:
-    """The command line of the same step, or of one with `changes`, for a process of its own."""
+    """The flags for another process that takes the same step, or one with `changes`."""
     known = {action.dest for action in step_parser("")._actions} - {"help", "json"}
     flags = []
     for name, value in (vars(args) | changes).items():
@@ -82,7 +78,7 @@ def step_flags(args, **changes) -> list[str]:
 
 
 def build_model(args):
-    """The model as DPO trains it: NF4 base, a frozen adapter `sft`, a trainable one `dpo`."""
+    """The model as DPO trains it: an NF4 base, a frozen adapter `sft`, a trainable one `dpo`."""
     folder = model_folder(args.model, args.scratch)
     model = load_llama(folder, args.device, getattr(torch, args.dtype))
     for name in ("sft", "dpo"):
@@ -92,7 +88,7 @@ def build_model(args):
 
 
 def make_batch(args, vocab_size: int, device=None):
-    """--pairs pairs of random tokens as the training loop's batch."""
+    """--pairs pairs of random tokens, as a batch of the training loop."""
     generator = torch.Generator().manual_seed(0)
     parts = (args.prompt, args.length - args.prompt, args.length - args.prompt)
 
@@ -110,7 +106,7 @@ def dpo_losses(model, batch) -> torch.Tensor:
 
 
 def make_step(model, batch):
-    """(a function that takes one whole training step, the trained parameters, their optimizer)."""
+    """(function that takes one whole training step, the trained parameters, their optimizer)."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
 
@@ -126,20 +122,22 @@ def make_step(model, batch):
 
 
 def seconds_each(run, times: int) -> list[float]:
-    """How long each of `times` calls took, after one that is not counted."""
+    """The time of each of `times` calls, after one that is not counted."""
     run()
-    seconds = []
-    for _ in range(times):
-        wait()
-        started = time.perf_counter()
-        run()
-        wait()
-        seconds.append(time.perf_counter() - started)
-    return seconds
+    return [seconds_of(run) for _ in range(times)]
+
+
+def seconds_of(run) -> float:
+    """The time of one call."""
+    wait()
+    started = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - started
 
 
 def wait():
-    """Wait until a GPU, if there is one, has done all its work."""
+    """Wait until the GPU, if there is one, has done all its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -148,14 +146,14 @@ def wait():
 
 
 def memory_now(device: str) -> int:
-    """Bytes held now: tensors on a GPU, else the process's resident memory."""
+    """Bytes held now: those of tensors on a GPU, else the resident memory of the process."""
     if device.startswith("cuda"):
         return torch.cuda.memory_allocated()
     return status_bytes("VmRSS") or peak_memory(device)
 
 
 def reset_peak(device: str):
-    """Forget the peak so far, so that `peak_memory` is that of what comes next."""
+    """Forget the peak so far, so that `peak_memory` returns the peak of what comes next."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
     elif sys.platform == "linux":
@@ -163,23 +161,27 @@ def reset_peak(device: str):
 
 
 def peak_memory(device: str) -> int:
-    """The most bytes held at once since `reset_peak` (elsewhere than on Linux: ever)."""
+    """The most bytes held at once since `reset_peak` (on a CPU without Linux: since the start)."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
-    # Not ru_maxrss on Linux: a child inherits its parent's, and it cannot be reset.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return status_bytes("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    # Linux has something better than ru_maxrss, which starts at the parent's peak and has no reset.
+    return status_bytes("VmHWM") or max_resident(resource.getrusage(resource.RUSAGE_SELF))
+
+
+def max_resident(usage) -> int:
+    """The peak in bytes of what getrusage or wait4 returned, which is in KiB except on a Mac."""
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def status_bytes(field: str) -> int | None:
-    """A field of /proc/self/status; None where there is no such file."""
+    """A field of /proc/self/status, or None where there is no such file."""
     path = Path("/proc/self/status")
     lines = path.read_text().splitlines() if path.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), None)
 
 
 def measure_step(args) -> dict:
-    """Load the model and take the steps: {what: seconds, bytes or a count}."""
+    """Load the model and take the steps: {name: seconds, bytes or a count}."""
     started = time.perf_counter()
     reset_peak(args.device)
     model = build_model(args)
@@ -200,8 +202,8 @@ def measure_step(args) -> dict:
 
 
 def run_alone(script: str, flags: list[str], **environment) -> dict:
-    """A benchmark in a process of its own, so that its peak memory is its own: its last line."""
-    command = [sys.executable, str(Path(__file__).with_name(script)), *flags]
+    """Run a benchmark in a process with its own peak memory, and return its last line (JSON)."""
+    command = python_command(Path(__file__).with_name(script), *flags)
     environment = os.environ | environment
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
     if done.returncode:
@@ -210,13 +212,10 @@ def run_alone(script: str, flags: list[str], **environment) -> dict:
 
 
 def main():
-    """The command line: one line of JSON."""
+    """The command line: print one line of JSON."""
     args = read_arguments(step_parser(__doc__))
     result = measure_step(args)
-    if args.json:
-        write_result(
-            args.json, {"machine": machine_record(), "settings": settings_record(args)} | result
-        )
+    save(args, result)
     print(json.dumps(result))
 
 

@@ -1,8 +1,8 @@
-"""The beta sweep: how fast, how far, and what the policies write.
+"""The beta sweep: how fast the policies learn, how far they go, and what they write.
 
     python figures/beta.py [--draw]
 
-The policies are those of closed_form.py, tuned alike but for beta.
+The policies are those of closed_form.py. Only beta differs between them.
 """
 
 from dataclasses import asdict, replace
@@ -10,13 +10,13 @@ from dataclasses import asdict, replace
 import tuning as t
 import world as w
 from closed_form import BETAS, DPO
-from record import BLUE, GREEN, ORANGE, PURPLE, label, main
+from drawing import BLUE, GREEN, ORANGE, PURPLE, label, main, thinned, thinned_steps
 
 COLOURS = dict(zip(BETAS, (ORANGE, GREEN, BLUE, PURPLE), strict=True))
 
 
 def compute() -> dict:
-    """What the training runs logged, where they ended, and answers that they gave."""
+    """What the training runs logged, where they ended, and answers of the policies."""
     world = w.open_world()
     data = {"settings": asdict(DPO), "questions": world.held_out[:4], "beta": {}}
     reference = t.reference_table(world)
@@ -25,9 +25,9 @@ def compute() -> dict:
     for beta in BETAS:
         result = t.tune(world, replace(DPO, beta=beta))
         data["beta"][beta] = {
-            "log_ratio_margins": [m / beta for m in smooth(result["rows"], "rewards/margins")],
-            "reward_margins": smooth(result["rows"], "rewards/margins"),
-            "loss": smooth(result["rows"], "loss"),
+            "log_ratio_margins": [m / beta for m in thinned(result["rows"], "rewards/margins")],
+            "reward_margins": thinned(result["rows"], "rewards/margins"),
+            "loss": thinned(result["rows"], "loss"),
             "held_out": result["held_out"],
             "optimum": w.exact(w.optimum(ref, scores, beta), ref, scores),
             "answers": result["samples"][:4],
@@ -36,20 +36,13 @@ def compute() -> dict:
     return data
 
 
-def smooth(rows, name: str, width: int = 15) -> list[float]:
-    """Means of a metric over each `width` steps: less noise, and a smaller file."""
-    values = [row[name] for row in rows]
-    starts = range(0, len(values) - width + 1, width)
-    return [sum(values[at : at + width]) / width for at in starts]
-
-
 def draw(data, plt):
-    """Margins over steps, in reward and in nats; where each policy ended, and its optimum."""
+    """Margins over steps, in reward and in nats, and where each policy and its optimum are."""
     figure, (speed, nats, end) = plt.subplots(1, 3, figsize=(11, 3.7), layout="constrained")
     for beta, run in data["beta"].items():
         colour = COLOURS[float(beta)]
         for axis, name in ((speed, "reward_margins"), (nats, "log_ratio_margins")):
-            steps = [15 * i + 7 for i in range(len(run[name]))]
+            steps = thinned_steps(run[name])
             axis.plot(steps, run[name], color=colour)
             label(axis, steps[-1], run[name][-1], f"β = {float(beta):g}", colour, (4, -3))
         found, best = run["held_out"], run["optimum"]

@@ -1,4 +1,4 @@
-"""Curves of eight bugs of the zoo (tests/bugs.py) beside the healthy run's.
+"""Curves of eight bugs of the zoo (tests/bugs.py), beside those of the healthy run.
 
     python figures/bugs.py [--draw]
 
@@ -6,14 +6,13 @@ Each bug is planted in a process of its own, which then runs `train.py --stage d
 """
 
 import shutil
-import subprocess
 import sys
 import time
 
-import tuning as t
 import world as w
-from record import BLUE, GREY, RED, main
+from drawing import BLUE, GREY, RED, main
 
+from benchmarks.record import read_log, run_script
 from dpo_minimal.files import read_json, write_json
 from tests.bugs import ZOO, apply
 
@@ -40,25 +39,24 @@ LABELS = {
 
 
 def run_with(number: int) -> dict:
-    """DPO with a bug (0: none) in a folder of its own; what its log says of each step."""
+    """Run DPO with a bug (0: none) in a folder of its own, and return its curves."""
     folder = w.RUN / "bugs" / str(number)
     if not (folder / "dpo").exists():
         shutil.rmtree(folder, ignore_errors=True)
         for part in ("base", "sft", "data"):
             shutil.copytree(w.RUN / part, folder / part)
-        command = [sys.executable, __file__, "--plant", number, "--stage", "dpo", "--out", folder]
         flags = ["--max-steps", STEPS, "--eval-every", 0, "--save-every", 0]
-        subprocess.run([*map(str, [*command, *flags])], check=True)
-    log = t.read_log(folder / "metrics.jsonl")
-    curves = {name: [row[name] for row in log["rows"]] for name in LABELS}
+        run_script(__file__, "--plant", number, "--stage", "dpo", "--out", folder, *flags)
+    steps, evaluations = read_log(folder / "metrics.jsonl")["dpo"]
+    curves = {name: [row[name] for row in steps] for name in LABELS}
     name = ZOO[number - 1].name if number else "healthy"
-    accuracy = log["course"][-1]["rewards/accuracies"]
+    accuracy = evaluations[-1]["rewards/accuracies"]
     cpu_seconds = read_json(folder / "cpu_seconds.json")["cpu_seconds"]
     return {"name": name, "held_out_accuracy": accuracy, "cpu_seconds": cpu_seconds} | curves
 
 
 def plant():
-    """In the process of one bug: plant it, then go on as train.py."""
+    """In the process of one bug: plant it, then run train.py."""
     number, sys.argv = int(sys.argv[2]), ["train.py", *sys.argv[3:]]
     if number:
         apply(ZOO[number - 1])
@@ -70,14 +68,14 @@ def plant():
 
 
 def compute() -> dict:
-    """The healthy run and the eight others."""
+    """The curves of the healthy run and of the eight bugs."""
     w.open_world()
     symptoms = {number: ZOO[number - 1].symptom for number in SHOWN}
     return {"steps": STEPS, "symptoms": symptoms} | {n: run_with(n) for n in (HEALTHY, *SHOWN)}
 
 
 def draw(data, plt):
-    """A panel a bug: its curve in red, the healthy run's in grey."""
+    """A panel per bug: its curve in red, that of the healthy run in blue."""
     figure, axes = plt.subplots(2, 4, figsize=(12, 5.4), layout="constrained")
     for axis, (number, (metric, text)) in zip(axes.flat, SHOWN.items(), strict=True):
         run = data[str(number)]

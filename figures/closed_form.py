@@ -2,9 +2,10 @@
 
     python figures/closed_form.py [--draw]
 
-The optimum at beta is pi* = pi_ref exp(r / beta) / Z over a question's 15 answers, pi_ref being
-SFT renormalized there and r the true score. Votes are Bradley-Terry with r, so pi* is also where
-DPO's expected loss is least. Beside DPO: IPO, SFT on chosen answers only, best of n.
+The optimum at beta is pi* = pi_ref exp(r / beta) / Z over the 15 answers of a question. Here pi_ref
+is SFT renormalized over these answers, and r is the true score. Votes are Bradley-Terry with r, so
+pi* also minimizes the expected loss of DPO. Compared with DPO: IPO, SFT on chosen answers only,
+best of n.
 """
 
 from dataclasses import asdict, replace
@@ -12,7 +13,7 @@ from dataclasses import asdict, replace
 import torch
 import tuning as t
 import world as w
-from record import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, label, main
+from drawing import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, label, main
 
 BETAS = (0.25, 0.5, 1.0, 2.0)
 CURVE = [0.1 * 1.25**i for i in range(28)]  # betas of the frontier's points
@@ -28,19 +29,17 @@ def recipes() -> dict[str, t.Recipe]:
 
 
 def best_of(n: int, ref_logps, scores) -> torch.Tensor:
-    """log-probabilities [Q, Y] of the best of n answers drawn from pi_ref; ties by a coin."""
+    """log-probabilities [Q, Y] of the best of n answers from pi_ref. A coin decides ties."""
     ref = ref_logps.softmax(dim=1)
     at_most = (ref[:, None] * (scores[:, None] <= scores[:, :, None])).sum(dim=2)  # [Q, Y]
     below = (ref[:, None] * (scores[:, None] < scores[:, :, None])).sum(dim=2)
-    # P(the maximum has this score), shared among the answers of this score as pi_ref has it.
+    # P(the maximum has this score), divided among the answers with this score as in pi_ref.
     return ((at_most**n - below**n) * ref / (at_most - below)).clamp_min(1e-300).log()
 
 
 def point(logps, ref_logps, scores, beta=None) -> dict:
-    """A policy's score, KL, mass, share of the optimal gain; at a beta, the objective's share."""
-    found = w.exact(logps, ref_logps, scores)
-    if found["kl"] > 1e-6:
-        found["share_of_gain"] = w.share_of_gain(found, ref_logps, scores)
+    """`exact_with_share`, and for a beta also the share of the optimal objective."""
+    found = w.exact_with_share(logps, ref_logps, scores)
     if beta:
         start = w.exact(ref_logps, ref_logps, scores)["score"]
         best = w.exact(w.optimum(ref_logps, scores, beta), ref_logps, scores)
@@ -51,7 +50,7 @@ def point(logps, ref_logps, scores, beta=None) -> dict:
 
 
 def compute() -> dict:
-    """Tune all policies; measure them and the closed forms on known and held-out questions."""
+    """Tune all policies. Measure them and the closed forms on known and held-out questions."""
     world = w.open_world()
     tuned = {name: t.tune(world, recipe) for name, recipe in recipes().items()}
     reference = t.reference_table(world)
@@ -62,21 +61,18 @@ def compute() -> dict:
         data[kind] = closed_forms(ref, scores)
         for name, result in tuned.items():
             beta = result["recipe"]["beta"] if name.startswith("DPO") else None
-            logps = torch.tensor(result[f"{kind}_logps"], dtype=torch.float64)
-            data[kind][name] = point(logps, ref, scores, beta)
+            data[kind][name] = point(t.final_logps(result, kind), ref, scores, beta)
     data["sampled"] = {name: result["held_out"] for name, result in tuned.items()}
     return data
 
 
 def closed_forms(ref, scores) -> dict:
-    """What needs no training: the reference, the frontier, best of n, where the others lead."""
-    chosen = w.vote_weights(scores)[0].log()  # cross-entropy is least at the data's distribution
+    """What needs no training: the reference, the frontier, best of n, optima of the others."""
+    chosen = w.vote_weights(scores)[0].log()  # minimizes the cross-entropy
     ipo = (ref + w.win_rates(scores).mean(dim=2) / 0.2).log_softmax(dim=1)
     return {
         "reference": point(ref, ref, scores),
-        "frontier": [
-            w.exact(w.optimum(ref, scores, beta), ref, scores) | {"beta": beta} for beta in CURVE
-        ],
+        "frontier": w.frontier(ref, scores, CURVE),
         "best of n": {n: point(best_of(n, ref, scores), ref, scores) for n in (2, 4, 8, 16)},
         "optimum of SFT on chosen": point(chosen, ref, scores),
         "optimum of IPO 0.2": point(ipo, ref, scores),
@@ -104,7 +100,7 @@ def draw(data, plt):
     return figure
 
 
-# Of each group: colour, marker, where its labels stand.
+# The colour, the marker and the label offset of each group.
 LOOKS = {
     "DPO": (BLUE, "o", (7, -9)),
     "variants": (SKY, "D", (-7, 3)),
@@ -115,7 +111,7 @@ LOOKS = {
 
 
 def groups(part: dict) -> dict:
-    """The points of a panel, {group: {label: point}}."""
+    """The points of a panel: {group: {label: point}}."""
     return {
         "DPO": {f"DPO, β = {beta:g}": part[f"DPO {beta:g}"] for beta in BETAS},
         "variants": {"β = 1, certain votes": part["DPO 1, every vote certain"]},

@@ -1,25 +1,23 @@
-"""Likelihood displacement: chosen answers become less likely while margins rise. When, and why.
+"""Likelihood displacement: when and why chosen answers become less likely while margins rise.
 
     python figures/displacement.py [--draw]
 
-At the optimum an answer's log-ratio is log pi*(y) / pi_ref(y) = r(y) / beta - log Z: answers with
-r below beta log Z fall, whether they were chosen or not, and only their distance to the rejected
-ones grows. What falls beyond that line has left the 15 answers altogether: DPO's loss never sees
-how much probability all answers together have.
+At the optimum the log-ratio of an answer is log pi*(y) / pi_ref(y) = r(y) / beta - log Z. So
+answers with r below beta log Z fall, whether they were chosen or not, and only their distance to
+the rejected ones grows. Where answers fall further than that, probability has left the 15 answers:
+DPO's loss does not see how much probability all answers have together.
 """
 
 from dataclasses import asdict, replace
 
-import torch
 import tuning as t
 import world as w
-from beta import smooth
 from closed_form import BETAS, DPO
-from record import BLUE, GREEN, GREY, ORANGE, RED, label, main
+from drawing import BLUE, GREEN, GREY, ORANGE, RED, THIN, label, main, thinned, thinned_steps
 
 
 def expected_ratios(logps, ref_logps, scores) -> dict[str, float]:
-    """Mean log-ratios of chosen and rejected answers, and how much of them is the lost mass."""
+    """Mean log-ratios of chosen and rejected answers, and the part of them that is lost mass."""
     ratios = logps - ref_logps
     chosen, rejected = w.vote_weights(scores)
     return {
@@ -30,25 +28,25 @@ def expected_ratios(logps, ref_logps, scores) -> dict[str, float]:
 
 
 def by_score(logps, ref_logps, scores) -> dict[float, float]:
-    """The mean log-ratio of the answers that have each true score."""
+    """The mean log-ratio of the answers with each true score."""
     ratios = logps - ref_logps
     return {s: float(ratios[scores == s].mean()) for s in sorted(set(scores.flatten().tolist()))}
 
 
 def compute() -> dict:
-    """Exact log-ratios after tuning, and at the optimum, for each beta."""
+    """Exact log-ratios after tuning and at the optimum, for each beta."""
     world = w.open_world()
     reference = t.reference_table(world)
     data = {"settings": asdict(DPO), "beta": {}}
     for beta in BETAS:
         result = t.tune(world, replace(DPO, beta=beta))
-        run = {"steps_a_point": 15}
+        run = {"steps_a_point": THIN}
         for name in ("chosen", "rejected"):
-            rewards = smooth(result["rows"], f"rewards/{name}")
+            rewards = thinned(result["rows"], f"rewards/{name}")
             run[f"{name}_course"] = [reward / beta for reward in rewards]
         for kind, questions in w.asked(world).items():
             ref, scores = w.stack(reference, questions), w.stack(world.scores, questions)
-            logps = torch.tensor(result[f"{kind}_logps"], dtype=torch.float64)
+            logps = t.final_logps(result, kind)
             best = w.optimum(ref, scores, beta)
             run[kind] = {
                 "tuned": expected_ratios(logps, ref, scores),
@@ -61,12 +59,12 @@ def compute() -> dict:
 
 
 def draw(data, plt):
-    """The course of both log-ratios, and the final ones against the true score."""
+    """Both log-ratios during training, and at the end against the true score."""
     figure, (course, final) = plt.subplots(1, 2, figsize=(9.6, 3.9), layout="constrained")
     run = data["beta"]["1.0"]
     for name, colour in (("chosen", BLUE), ("rejected", ORANGE)):
-        values = [0, *run[f"{name}_course"]]
-        steps = [0, *(15 * i + 7 for i in range(len(values) - 1))]
+        values = run[f"{name}_course"]
+        steps, values = [0, *thinned_steps(values)], [0, *values]
         course.plot(steps, values, color=colour)
         label(course, steps[-1], values[-1], name, colour)
     course.axhline(0, color=GREY, linewidth=1)

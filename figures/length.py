@@ -1,18 +1,18 @@
-"""Length: what voters' taste for long answers does, and what a mean instead of a sum does.
+"""Length: the effect of voters who like long answers, and of a mean instead of a sum.
 
     python figures/length.py [--draw]
 
-The taste adds half a point a word to what the judge would say. With a sum the optimum then is
-pi_ref exp((r + words / 2) / beta) / Z: the taste is learned as if it were quality. With a mean of
-the log-probabilities over the |y| tokens, beta h(y) / |y| = r(y) + c, with c such that the policy
-sums to 1: long answers move |y| times as far, up or down. Taste or not, beta is 16 there, about the
-mean |y|.
+These voters add half a point per word to the score of the judge. With a sum the optimum is then
+pi_ref exp((r + words / 2) / beta) / Z, so the taste is learned as if it were quality. With a mean
+of the log-probabilities over the |y| tokens, beta h(y) / |y| = r(y) + c, where h is the log-ratio
+and c makes the policy sum to 1. So long answers move |y| times as far, up or down. With a mean beta
+is always 16, about the mean |y|.
 """
 
 import torch
 import tuning as t
 import world as w
-from record import BLUE, GREEN, GREY, ORANGE, PURPLE, label, main
+from drawing import BLUE, GREEN, GREY, ORANGE, PURPLE, label, main, tuned_and_optimum
 
 from dpo_minimal import forum
 
@@ -27,7 +27,7 @@ COLOURS = dict(zip(RUNS, (BLUE, ORANGE, GREEN, PURPLE), strict=True))
 
 
 def mean_optimum(ref_logps, rewards, lengths, beta: float) -> torch.Tensor:
-    """log pi [Q, Y] with beta (log pi - log pi_ref) / length = r + c, c by bisection."""
+    """log pi [Q, Y] with beta (log pi - log pi_ref) / length = r + c. Bisection finds c."""
     ref = ref_logps.log_softmax(dim=1)
     low, high = (torch.full((len(ref), 1), at, dtype=torch.float64) for at in (-100.0, 100.0))
     for _ in range(80):
@@ -38,23 +38,20 @@ def mean_optimum(ref_logps, rewards, lengths, beta: float) -> torch.Tensor:
 
 
 def counts(world, questions) -> tuple[torch.Tensor, torch.Tensor]:
-    """Words and tokens (EOS included) of the answers, float64 [Q, Y] each."""
+    """Words and tokens (with EOS) of the answers, float64 [Q, Y] each."""
     words = [[len(a.split()) for a in forum.candidates(q)] for q in questions]
     tokens = [[len(ids) for ids in world.tokens[q][1:]] for q in questions]
     return torch.tensor(words).double(), torch.tensor(tokens).double()
 
 
 def describe(logps, ref_logps, scores, words) -> dict:
-    """`exact`, the expected words, and the mean log-ratio of short, middling and long answers."""
-    pi = logps.log_softmax(dim=1)
-    found = w.exact(logps, ref_logps, scores)
-    found["words"] = float((pi.exp() * words).sum(dim=1).mean())
-    found["share_of_gain"] = w.share_of_gain(found, ref_logps, scores)
-    return found
+    """`exact_with_share`, and the expected words."""
+    found = w.exact_with_share(logps, ref_logps, scores)
+    return found | {"words": float((logps.softmax(dim=1) * words).sum(dim=1).mean())}
 
 
 def compute() -> dict:
-    """Each policy, tuned and at its optimum, on new questions."""
+    """Measure each policy, tuned and at its optimum, on new questions."""
     world = w.open_world()
     questions = w.asked(world)["held_out"]
     reference = t.reference_table(world)
@@ -69,29 +66,26 @@ def compute() -> dict:
         best = w.optimum(ref, liked, recipe.beta)
         if recipe.mean:
             best = mean_optimum(ref, liked, tokens, recipe.beta)
-        logps = torch.tensor(result["held_out_logps"], dtype=torch.float64)
         data[name] = {
             "settings": result["recipe"],
             "cpu_seconds": result["cpu_seconds"],
-            "tuned": describe(logps, ref, scores, words) | result["held_out"],
+            "tuned": describe(t.final_logps(result, "held_out"), ref, scores, words)
+            | result["held_out"],
             "optimum": describe(best, ref, scores, words),
         }
     return data
 
 
 def draw(data, plt):
-    """Expected score against expected words: the reference, each policy and its optimum."""
+    """Expected score against expected words, of the reference, each policy and its optimum."""
     figure, axis = plt.subplots(figsize=(6.6, 4.2), layout="constrained")
     start = data["reference"]
     axis.plot(start["words"], start["score"], "s", color=GREY)
     label(axis, start["words"], start["score"], "SFT", GREY)
     for name, colour in COLOURS.items():
-        tuned, best = data[name]["tuned"], data[name]["optimum"]
-        x, y = zip(*((p["words"], p["score"]) for p in (tuned, best)), strict=True)
-        axis.plot(x, y, ":", color=colour, linewidth=1)
-        axis.plot(x[0], y[0], "o", color=colour)
-        axis.plot(x[1], y[1], "o", color=colour, markerfacecolor="white")
-        label(axis, x[0], y[0], name, colour, (6, -10))
+        tuned = data[name]["tuned"]
+        tuned_and_optimum(axis, tuned, data[name]["optimum"], "words", colour)
+        label(axis, tuned["words"], tuned["score"], name, colour, (6, -10))
     axis.set(xlabel="expected words an answer", ylabel="expected true score")
     axis.set_title("A taste for length becomes length (● tuned, ○ optimum)")
     return figure

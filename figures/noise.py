@@ -1,25 +1,27 @@
-"""Label noise and cDPO: a share of the votes is turned around; does label smoothing help?
+"""Label noise and cDPO: does label smoothing help if a share of the votes is wrong?
 
     python figures/noise.py [--draw]
 
-Turning a share e of the votes makes q = (1 - e) p + e (1 - p) of the probability p that an answer
-wins, and smoothing with e does the same to whatever votes there are: both pull q towards 1/2, so
-both shorten the way to go. The optimum for any such q has no formula; it is found numerically.
+If a share e of the votes is turned around, the probability p that an answer wins becomes
+q = (1 - e) p + e (1 - p). Smoothing with e does the same to the votes that there are. Both pull q
+towards 1/2, so with both the policy has less far to go. The optimum for such a q has no formula, so
+it is found numerically.
 """
 
 import torch
 import torch.nn.functional as F
 import tuning as t
 import world as w
-from record import BLUE, GREY, ORANGE, label, main
+from drawing import BLUE, GREY, ORANGE, label, main, tuned_and_optimum
 
 NOISE = (0.0, 0.3)  # shares of wrong votes
+CURVE = [0.5 * 1.3**i for i in range(20)]  # betas of the frontier's points
 KINDS = {"DPO": 0.0, "cDPO": 0.3}  # label smoothing
 COLOURS = {"DPO": BLUE, "cDPO": ORANGE}
 
 
 def recipes() -> dict[str, t.Recipe]:
-    """The policies, by kind and share of wrong votes."""
+    """The policies by kind and share of wrong votes."""
     return {
         f"{kind}, {share:.0%} wrong": t.Recipe(flipped=share, label_smoothing=smoothing)
         for kind, smoothing in KINDS.items()
@@ -28,12 +30,12 @@ def recipes() -> dict[str, t.Recipe]:
 
 
 def softened(p, share: float):
-    """The probability that an answer wins after a share of the votes was turned around."""
+    """The probability that an answer wins after a share of the votes is turned around."""
     return (1 - share) * p + share * (1 - p)
 
 
 def optimum_of_votes(ref_logps, wins, beta: float) -> torch.Tensor:
-    """log pi [Q, Y] that minimizes DPO's expected loss for votes [Q, Y, Y]: how often y wins."""
+    """log pi [Q, Y] that minimizes DPO's expected loss. wins [Q, Y, Y]: how often y beats y'."""
     ref = ref_logps.log_softmax(dim=1)
     rewards = torch.zeros_like(ref, requires_grad=True)  # beta (log pi - log ref) + constant
     optimizer = torch.optim.LBFGS([rewards], max_iter=500, line_search_fn="strong_wolfe")
@@ -50,7 +52,7 @@ def optimum_of_votes(ref_logps, wins, beta: float) -> torch.Tensor:
 
 
 def compute() -> dict:
-    """Exact scores and KL of each policy and of its optimum, and the margins that training saw."""
+    """Exact scores and KL of each policy and of its optimum, and the margins in training."""
     world = w.open_world()
     reference, data = t.reference_table(world), {}
     for name, recipe in recipes().items():
@@ -61,38 +63,27 @@ def compute() -> dict:
             run[metric] = sum(row[metric] for row in last) / len(last)
         for part, questions in w.asked(world).items():
             ref, scores = w.stack(reference, questions), w.stack(world.scores, questions)
-            logps = torch.tensor(result[f"{part}_logps"], dtype=torch.float64)
-            run[part] = w.exact(logps, ref, scores)
-            run[part]["share_of_gain"] = w.share_of_gain(run[part], ref, scores)
+            run[part] = w.exact_with_share(t.final_logps(result, part), ref, scores)
             wins = softened(softened(w.win_rates(scores), recipe.flipped), recipe.label_smoothing)
             best = optimum_of_votes(ref, wins, recipe.beta)
-            run[f"{part}_optimum"] = w.exact(best, ref, scores)
-            run[f"{part}_optimum"]["share_of_gain"] = w.share_of_gain(
-                run[f"{part}_optimum"], ref, scores
-            )
+            run[f"{part}_optimum"] = w.exact_with_share(best, ref, scores)
         data[name] = run
     ref, scores = (w.stack(table, questions) for table in (reference, world.scores))
-    data["frontier"] = [w.exact(w.optimum(ref, scores, b), ref, scores) for b in CURVE]
+    data["frontier"] = w.frontier(ref, scores, CURVE)
     return data
 
 
-CURVE = [0.5 * 1.3**i for i in range(20)]
-
-
 def draw(data, plt):
-    """Score against KL on new questions: the frontier, the optima of the votes, the policies."""
+    """Score against KL on new questions: the frontier, the policies, the optima for the votes."""
     figure, axis = plt.subplots(figsize=(6.6, 4.2), layout="constrained")
     curve = list(reversed(data["frontier"]))
     axis.plot([p["kl"] for p in curve], [p["score"] for p in curve], color=GREY, zorder=1)
     for kind, colour in COLOURS.items():
         for share in NOISE:
             run = data[f"{kind}, {share:.0%} wrong"]
-            found, best = run["held_out"], run["held_out_optimum"]
-            x, y = zip(*((p["kl"], p["score"]) for p in (found, best)), strict=True)
-            axis.plot(x, y, ":", color=colour, linewidth=1)
-            axis.plot(x[0], y[0], "o", color=colour)
-            axis.plot(x[1], y[1], "o", color=colour, markerfacecolor="white")
-            label(axis, x[0], y[0], f"{kind}, {share:.0%} wrong votes", colour, (7, -11))
+            tuned, text = run["held_out"], f"{kind}, {share:.0%} wrong votes"
+            tuned_and_optimum(axis, tuned, run["held_out_optimum"], "kl", colour)
+            label(axis, tuned["kl"], tuned["score"], text, colour, (7, -11))
     axis.set(xlabel="KL to SFT, nats an answer", ylabel="expected true score", xlim=(0.008, 2))
     axis.set_xscale("log")
     axis.set_title("Smoothing does not undo wrong votes (● tuned, ○ optimum)")

@@ -2,15 +2,15 @@
 
     python figures/overoptimization.py [--draw]
 
-Hot: beta 0.1 and twice the learning rate, one epoch. Long: beta 1 as in the healthy run, which is
-that of closed_form.py, but eight epochs over the same votes.
+Hot: beta 0.1 and twice the learning rate, one epoch. Long: beta 1 as in the healthy run, but eight
+epochs over the same votes. The healthy run is that of closed_form.py.
 """
 
 from dataclasses import replace
 
 import tuning as t
 import world as w
-from record import BLUE, GREY, RED, label, main
+from drawing import BLUE, GREY, RED, label, main
 
 HEALTHY = t.Recipe()
 RUNS = {
@@ -27,7 +27,7 @@ PANELS = {
 
 
 def compute() -> dict:
-    """The course of each run: what training sees, and what the judge sees."""
+    """Each run over its steps: what training sees, and what the judge sees."""
     world = w.open_world()
     healthy = t.tune(world, HEALTHY)
     data = {"questions": world.held_out[:4], "healthy_answers": healthy["samples"][:4]}
@@ -55,7 +55,7 @@ def with_training(point: dict, rows: list[dict]) -> dict:
 
 
 def draw(data, plt):
-    """A row for each run: four panels over its steps, and where the healthy run ended."""
+    """A row per run: four panels over its steps, and where the healthy run ended."""
     figure, grid = plt.subplots(2, 4, figsize=(12, 6), sharey="col", layout="constrained")
     for axes, run in zip(grid, RUNS, strict=True):
         course = data[run]["course"]

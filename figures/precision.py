@@ -2,14 +2,14 @@
 
     python figures/precision.py [--draw]
 
-The same base, texts and votes. QLoRA: NF4 base, adapters for SFT and DPO. LoRA: the base in
-float32. Full: all weights, trained in SFT and again in DPO, at a third of LoRA's learning rate.
+All three have the same base, texts and votes. QLoRA: a base in NF4, adapters for SFT and DPO.
+LoRA: the same with the base in float32. Full: SFT and DPO train all weights, at a third of LoRA's
+learning rate.
 """
 
-import torch
 import tuning as t
 import world as w
-from record import BLUE, GREEN, GREY, ORANGE, label, main
+from drawing import BLUE, GREEN, GREY, ORANGE, label, main
 
 from dpo_minimal.lora import linear_layers
 
@@ -18,6 +18,7 @@ RUNS = {
     "LoRA": t.Recipe(precision="lora"),
     "full": t.Recipe(precision="full", learning_rate=t.FULL_RATE),
 }
+CURVE = [0.25 * 1.35**i for i in range(14)]  # betas of the frontier's points
 COLOURS = dict(zip(RUNS, (BLUE, ORANGE, GREEN), strict=True))
 OFFSETS = dict(zip(RUNS, ((-8, 5), (8, -10), (8, -10)), strict=True))
 
@@ -30,26 +31,21 @@ def compute() -> dict:
     for name, recipe in RUNS.items():
         result = t.tune(world, recipe)
         ref = w.stack(t.reference_table(world, precision=recipe.precision), questions)
-        logps = torch.tensor(result["held_out_logps"], dtype=torch.float64)
-        found = w.exact(logps, ref, scores)
         data[name] = {
             "settings": result["recipe"],
             "cpu_seconds": result["cpu_seconds"],
             **sizes(t.start_policy(recipe)),
             "sft": w.exact(ref, ref, scores),
-            "dpo": found | {"share_of_gain": w.share_of_gain(found, ref, scores)},
+            "dpo": w.exact_with_share(t.final_logps(result, "held_out"), ref, scores),
             "optimum": w.exact(w.optimum(ref, scores, 1.0), ref, scores),
             "sampled": result["held_out"],
-            "frontier": [w.exact(w.optimum(ref, scores, b), ref, scores) for b in CURVE],
+            "frontier": w.frontier(ref, scores, CURVE),
         }
     return data
 
 
-CURVE = [0.25 * 1.35**i for i in range(14)]
-
-
 def sizes(model) -> dict[str, int]:
-    """Bytes of the linear layers' base weights as they are kept, and parameters in training."""
+    """Bytes of the base weights of the linear layers as stored, and the trained parameters."""
     linear = [getattr(layer, "base", layer) for _, _, _, layer in linear_layers(model)]
     tensors = [tensor for layer in linear for tensor in layer.state_dict().values()]
     return {
@@ -59,7 +55,7 @@ def sizes(model) -> dict[str, int]:
 
 
 def draw(data, plt):
-    """Score against KL to each pipeline's own SFT, with its own frontier."""
+    """Score against KL for each pipeline, to its own SFT and with its own frontier."""
     figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     for name, colour in COLOURS.items():
         run = data[name]

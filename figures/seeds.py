@@ -1,9 +1,9 @@
-"""Three seeds: how far the other experiments' numbers go up and down by chance.
+"""Three seeds: how much the numbers of the other experiments vary by chance.
 
     python figures/seeds.py [--draw]
 
-A seed draws the votes, their order and the new adapter's A. Base, SFT and questions stay. Measured
-on the 60 new questions, like everything that the tutorial quotes.
+A seed decides the votes, their order and A of the new adapter. Base, SFT and questions stay the
+same. All is measured on the 60 new questions, like everything that the tutorial quotes.
 """
 
 from dataclasses import asdict, replace
@@ -12,10 +12,9 @@ import closed_form
 import length
 import noise
 import precision
-import torch
 import tuning as t
 import world as w
-from record import BLUE, main
+from drawing import BLUE, main
 
 SEEDS = (0, 1, 2)
 METRICS = {
@@ -26,19 +25,19 @@ METRICS = {
 
 
 def recipes() -> dict[str, t.Recipe]:
-    """The policies of the other experiments, each under one name."""
+    """The policies of the other experiments, each of them once."""
     policies = closed_form.recipes()
     policies |= {f"{name} votes": recipe for name, recipe in noise.recipes().items()}
     policies |= length.RUNS
     policies |= {name: precision.RUNS[name] for name in ("LoRA", "full")}
     first = {}
     for name, recipe in policies.items():
-        first.setdefault(recipe, name)  # "DPO 1" is the healthy run of them all
+        first.setdefault(recipe, name)  # the healthy run of all experiments is "DPO 1"
     return {name: recipe for recipe, name in first.items()}
 
 
 def compute() -> dict:
-    """Each policy's measurements for each seed, with their mean, least and greatest."""
+    """The measurements of each policy for each seed, with their mean, minimum and maximum."""
     world = w.open_world()
     questions = w.asked(world)["held_out"]
     scores = w.stack(world.scores, questions)
@@ -49,22 +48,20 @@ def compute() -> dict:
         for seed in SEEDS:
             result = t.tune(world, replace(recipe, seed=seed))
             data["cpu_seconds"] += result["cpu_seconds"]
-            logps = torch.tensor(result["held_out_logps"], dtype=torch.float64)
-            policy = w.exact(logps, ref, scores)
-            found.append(policy | {"share_of_gain": w.share_of_gain(policy, ref, scores)})
+            found.append(w.exact_with_share(t.final_logps(result, "held_out"), ref, scores))
         data[name] = {"settings": asdict(recipe)} | {m: spread(found, m) for m in METRICS}
     return data
 
 
 def spread(found: list[dict], metric: str) -> dict:
-    """A metric's values in the order of the seeds, and what they come to."""
+    """The values of a metric in the order of the seeds, with their mean, minimum and maximum."""
     values = [policy[metric] for policy in found]
     mean = sum(values) / len(values)
     return {"values": values, "mean": mean, "min": min(values), "max": max(values)}
 
 
 def draw(data, plt):
-    """A row for each policy, a dot for each seed."""
+    """A row per policy, a dot per seed."""
     names = [name for name in data if isinstance(data[name], dict) and "score" in data[name]]
     height = 0.27 * len(names) + 0.9
     figure, axes = plt.subplots(1, 3, figsize=(11, height), sharey=True, layout="constrained")

@@ -1,11 +1,10 @@
-"""One way to tune a policy on the forum's votes, by a recipe, and to measure what came of it.
+"""Tune a policy on the votes of the forum by a recipe, and measure the result.
 
-Every tuned policy's measurements are kept in runs/figures/tuned and used again, by all experiments:
-delete runs/figures after changing the code.
+The measurements of every tuned policy are kept in runs/figures/tuned, and all experiments use them
+again. So delete runs/figures after changing the code.
 """
 
 import hashlib
-import json
 import math
 import random
 import shutil
@@ -15,9 +14,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from record import rounded
-from world import RUN, World, answer_logps, asked, exact, run_stage, stack
+from drawing import rounded
+from world import RUN, World, answer_logps, asked, exact, stack
 
+from benchmarks.record import TRAIN, read_log, run_script
 from dpo_minimal import forum
 from dpo_minimal.batches import collate_packed, collate_pairs, packed_batches, pair_batches
 from dpo_minimal.checkpoint import load_adapter, load_llama, save_llama
@@ -40,7 +40,7 @@ LOGGED = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one policy is tuned, starting from SFT. All that its measurements depend on."""
+    """How one policy is tuned, starting from SFT. Its measurements depend on nothing else."""
 
     loss: str = "sigmoid"  # dpo_loss's kinds, or "chosen": SFT on the chosen answers only
     beta: float = 1.0
@@ -48,20 +48,20 @@ class Recipe:
     votes: int = 6  # for each of the 600 training questions
     expected: bool = False  # each pair's expected loss, as if it had been voted on infinitely often
     flipped: float = 0.0  # share of votes that are turned around afterwards
-    points_per_word: float = 0.0  # voters' taste for long answers, which the judge does not share
-    mean: bool = False  # log-probabilities per token, the mean instead of the sum
+    points_per_word: float = 0.0  # that voters add for length, and the judge does not
+    mean: bool = False  # log-probabilities per token: the mean instead of the sum
     precision: str = "qlora"  # or "lora", "full"
     learning_rate: float = 1.5e-3
     batch_size: int = 32
     epochs: float = 1.0
     dropout: float = 0.05
     eval_every: int = 0
-    sample_every: bool = False  # whether those evaluations also answer questions by sampling
+    sample_every: bool = False  # whether these evaluations also sample answers
     seed: int = 0
 
 
 def draw_votes(world: World, recipe: Recipe) -> list[tuple[str, int, int]]:
-    """(question, winner, loser), answers by number; Bradley-Terry with what voters like."""
+    """(question, winner, loser) with numbers of answers. Bradley-Terry with `voters_like`."""
     rng = random.Random(f"votes {recipe.seed}")
     votes = []
     for question in world.known * recipe.votes:
@@ -74,7 +74,7 @@ def draw_votes(world: World, recipe: Recipe) -> list[tuple[str, int, int]]:
 
 
 def voters_like(world: World, question: str, recipe: Recipe) -> list[float]:
-    """The score by which voters choose, of each answer."""
+    """The score of each answer by which the voters choose."""
     scores = world.scores[question].tolist()
     if not recipe.points_per_word:
         return scores
@@ -83,7 +83,7 @@ def voters_like(world: World, question: str, recipe: Recipe) -> list[float]:
 
 
 def start_policy(recipe: Recipe):
-    """SFT's model, and a new adapter on it that is to be trained (or all weights, for "full")."""
+    """The model after SFT, with a new adapter to train. For "full", all its weights are trained."""
     quantize = "nf4" if recipe.precision == "qlora" else None
     if recipe.precision == "full":
         model = load_llama(full_sft(), quantize=None)
@@ -97,13 +97,13 @@ def start_policy(recipe: Recipe):
 
 
 def lora_sft() -> Path:
-    """The folder of a run whose base is not quantized; its SFT is made if it is not there."""
+    """The folder of a run whose base is not quantized. Its SFT is made if it is not there."""
     folder = RUN / "lora"
     if not (folder / "sft").exists():
         shutil.rmtree(folder, ignore_errors=True)
         for part in ("base", "data"):
             shutil.copytree(RUN / part, folder / part)
-        run_stage("--stage", "sft", "--no-quantize", "--out", folder)
+        run_script(TRAIN, "--stage", "sft", "--no-quantize", "--out", folder)
     return folder
 
 
@@ -124,10 +124,10 @@ def full_sft() -> Path:
 
 
 def reference_table(world: World, precision: str = "qlora") -> dict[str, torch.Tensor]:
-    """log pi_ref of all answers to all 720 questions, {question: float64 [Y]}; kept in a file."""
+    """log pi_ref of all answers to all 720 questions, {question: float64 [Y]}. Kept in a file."""
     path = RUN / ("reference.pt" if precision == "qlora" else f"reference-{precision}.pt")
     questions = [*world.known, *world.held_out]
-    if not path.exists():  # a new adapter changes nothing yet
+    if not path.exists():  # the reference: a new adapter changes nothing yet
         model = start_policy(Recipe(precision=precision))
         torch.save(answer_logps(model, world, questions), path)
     return dict(zip(questions, torch.load(path, weights_only=True), strict=True))
@@ -159,11 +159,12 @@ def make_objective(world: World, recipe: Recipe, votes, reference):
 
 
 def tune(world: World, recipe: Recipe) -> dict:
-    """Tune a policy and measure it; or what is known of it already.
+    """Tune a policy and measure it, or read the measurements if that was done before.
 
     {"rows": the training log, "course": exact measurements on 20 questions of each kind every
-    eval_every steps, "known" and "held_out": those on 60 at the end, with what its samples say,
-    "known_logps", "held_out_logps": log pi of the answers, "cpu_seconds"}.
+    eval_every steps, "known" and "held_out": the same on 60 questions at the end, and the judge's
+    measurements of samples, "known_logps" and "held_out_logps": log pi of the answers,
+    "cpu_seconds"}.
     """
     name = hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]
     path = RUN / "tuned" / f"{name}.json"
@@ -195,11 +196,13 @@ def train_and_measure(world: World, recipe: Recipe, path: Path) -> dict:
     evaluate = partial(measure_course, world=world, recipe=recipe, reference=reference)
     collate = partial(collate_pairs, device="cpu")
     run_loop(model, objective, batches, collate, settings, log_path, evaluate)
-    return read_log(log_path) | measure_all(model, world, reference)
+    steps, evaluations = read_log(log_path)["dpo"]
+    rows = [{name: row[name] for name in ("step", *LOGGED)} for row in steps]
+    return {"rows": rows, "course": evaluations} | measure_all(model, world, reference)
 
 
 def run_loop(model, objective, batches, collate, settings, log_path: Path, evaluate=None):
-    """`loop.train` with a log of its own, from the beginning, and no saved states."""
+    """`loop.train` from the beginning, with a log of its own and without saved states."""
     log_path.parent.mkdir(exist_ok=True)
     log_path.unlink(missing_ok=True)
     steps = count_steps(settings, batches.num_batches())
@@ -209,7 +212,7 @@ def run_loop(model, objective, batches, collate, settings, log_path: Path, evalu
 
 
 def measure_course(model, world: World, recipe: Recipe, reference) -> dict[str, float]:
-    """What is measured during training: {"known/score": ...}, on 20 questions of each kind."""
+    """The measurements during training, {"known/score": ...}, on 20 questions of each kind."""
     found = {}
     for kind, questions in asked(world).items():
         values = measure(model, world, questions[:20], reference)[0]
@@ -220,14 +223,14 @@ def measure_course(model, world: World, recipe: Recipe, reference) -> dict[str, 
 
 
 def measure(model, world: World, questions, reference) -> tuple[dict, torch.Tensor]:
-    """`exact` for these questions, and the log-probabilities [Q, Y] that it is made of."""
+    """`exact` for these questions, and the log-probabilities [Q, Y] that it comes from."""
     logps = answer_logps(model, world, questions)
     ref_logps = stack(reference, questions)
     return exact(logps, ref_logps, stack(world.scores, questions)), logps
 
 
 def measure_all(model, world: World, reference) -> dict:
-    """The measurements at the end of tuning; held-out questions are answered by samples as well."""
+    """The measurements at the end of tuning, on held-out questions also of sampled answers."""
     result = {}
     for kind, questions in asked(world).items():
         result[kind], logps = measure(model, world, questions, reference)
@@ -238,7 +241,7 @@ def measure_all(model, world: World, reference) -> dict:
 
 
 def measure_samples(model, world: World, questions) -> tuple[dict, list[str]]:
-    """What the judge says of sampled answers, their KL (a full-text estimate), and the answers."""
+    """What the judge says about sampled answers, their KL (a full-text estimate), the answers."""
     ids = sample_answers(model, world.tokenizer, questions, 64, seed=0)
     prompts = [world.tokens[question][0] for question in questions]
     training = model.training
@@ -253,14 +256,6 @@ def measure_samples(model, world: World, questions) -> tuple[dict, list[str]]:
     return {f"sampled_{name}": value for name, value in found.items()}, texts
 
 
-def read_log(path: Path) -> dict:
-    """The training log of `loop.train` as {"rows": [...], "course": [...]}, with short names."""
-    rows, course = [], []
-    for line in path.read_text("utf-8").splitlines():
-        row = json.loads(line)
-        found = {name.removeprefix("eval_"): value for name, value in row.items()}
-        if found.keys() == row.keys():
-            rows.append({name: row[name] for name in ("step", *LOGGED)})
-        else:
-            course.append(found)
-    return {"rows": rows, "course": course}
+def final_logps(result: dict, kind: str) -> torch.Tensor:
+    """log pi of the answers after tuning, from a result of `tune`: float64 [Q, Y]."""
+    return torch.tensor(result[f"{kind}_logps"], dtype=torch.float64)

@@ -1,34 +1,33 @@
 """The forum as a laboratory: the exact probability of every answer, and sums over them.
 
-A question has 15 answers, so pi_ref, the optimum, a tuned policy and the KL between them are sums
-over 15 numbers, not estimates. The base model and SFT are made once, by train.py, in runs/figures.
+A question has 15 answers. So pi_ref, the optimum, a tuned policy and the KL between them are exact
+sums over 15 numbers. The base model and SFT are made once, by train.py, in runs/figures.
 
 Shapes: Q questions, Y = 15 answers to each.
 """
 
 import math
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # dpo_minimal, installed or not
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the root, for the imports below
 
+from benchmarks.record import TRAIN, run_script
 from dpo_minimal import forum
 from dpo_minimal.batches import answer_rows
 from dpo_minimal.data import encode_example
 from dpo_minimal.loss import sequence_logps
 from dpo_minimal.tokenizer import load_tokenizer
 
-ROOT = Path(__file__).parents[1]
-RUN = ROOT / "runs" / "figures"
+RUN = TRAIN.parent / "runs" / "figures"
 
 
 @dataclass(frozen=True)
 class World:
-    """Questions, their 15 answers in tokens, and what the judge and the reference say of them."""
+    """Questions, their 15 answers in tokens, and the scores that the judge gives them."""
 
     tokenizer: object
     known: list[str]  # 600 questions that votes are about
@@ -38,10 +37,10 @@ class World:
 
 
 def open_world() -> World:
-    """The world of seed 0; makes its base model and SFT with train.py if they are not there."""
+    """The world of seed 0. Its base model and SFT are made by train.py if they are not there."""
     for stage, product in (("pretrain", "base"), ("sft", "sft")):
         if not (RUN / product).exists():
-            run_stage("--stage", stage, "--out", RUN)
+            run_script(TRAIN, "--stage", stage, "--out", RUN)
     tokenizer = load_tokenizer(RUN / "base")
     parts = forum.make_forum(0)
     tokens, scores = {}, {}
@@ -56,18 +55,13 @@ def open_world() -> World:
     return World(tokenizer, known, held_out, tokens, scores)
 
 
-def run_stage(*flags):
-    """One command of train.py, in a process of its own."""
-    subprocess.run([sys.executable, ROOT / "train.py", *map(str, flags)], check=True)
-
-
 def asked(world: World) -> dict[str, list[str]]:
-    """The questions of the measurements: 60 that votes were about, and 60 new ones."""
+    """The questions for measurements: 60 that votes were about, and 60 new ones."""
     return {"known": world.known[:60], "held_out": world.held_out[:60]}
 
 
 def stack(table: dict[str, torch.Tensor], questions) -> torch.Tensor:
-    """The rows of a table that these questions have, [Q, Y]."""
+    """The rows of a table for these questions, [Q, Y]."""
     return torch.stack([table[question] for question in questions])
 
 
@@ -76,7 +70,7 @@ def stack(table: dict[str, torch.Tensor], questions) -> torch.Tensor:
 
 @torch.no_grad()
 def answer_logps(model, world: World, questions) -> torch.Tensor:
-    """log pi(y|x) of all answers to the questions, their EOS included: float64 [Q, Y]."""
+    """log pi(y|x) of all answers to the questions, with their EOS: float64 [Q, Y]."""
     training = model.training
     model.eval()
     logps = []
@@ -89,12 +83,12 @@ def answer_logps(model, world: World, questions) -> torch.Tensor:
 
 
 def optimum(ref_logps, rewards, beta: float) -> torch.Tensor:
-    """log pi*(y|x), pi* = pi_ref exp(r / beta) / Z over the answers: [Q, Y]."""
+    """log pi*(y|x) with pi* = pi_ref exp(r / beta) / Z over the answers: [Q, Y]."""
     return (ref_logps + rewards / beta).log_softmax(dim=1)
 
 
 def exact(logps, ref_logps, scores) -> dict[str, float]:
-    """Means over questions; all but `mass` are of the policies renormalized on the 15 answers.
+    """Means over questions. For all but `mass` the policies are renormalized on the 15 answers.
 
     mass: probability of the 15 together. score: expected true score. kl: KL to the reference.
     """
@@ -112,7 +106,7 @@ def win_rates(scores) -> torch.Tensor:
 
 
 def vote_weights(scores) -> tuple[torch.Tensor, torch.Tensor]:
-    """P(y is the chosen one), P(y is the rejected one) of a random pair's vote: [Q, Y] each."""
+    """P(y is chosen) and P(y is rejected) in the vote on a random pair: [Q, Y] each."""
     wins = win_rates(scores) * (1 - torch.eye(scores.shape[1]))
     pairs = scores.shape[1] * (scores.shape[1] - 1) / 2
     return wins.sum(dim=2) / pairs, wins.sum(dim=1) / pairs
@@ -121,7 +115,7 @@ def vote_weights(scores) -> tuple[torch.Tensor, torch.Tensor]:
 def best_score(ref_logps, scores, kl: float) -> float:
     """The highest expected score of any policy on the answers with this mean KL.
 
-    It is an optimum pi*, whose beta is found by bisection: KL falls as beta rises.
+    It is that of an optimum pi*. KL falls as beta rises, so bisection finds its beta.
     """
     low, high = math.log(1e-2), math.log(1e4)
     for _ in range(60):
@@ -131,7 +125,23 @@ def best_score(ref_logps, scores, kl: float) -> float:
     return found["score"]
 
 
+def frontier(ref_logps, scores, betas) -> list[dict]:
+    """`exact` of the optimum at each beta: the highest score for its KL."""
+    return [
+        exact(optimum(ref_logps, scores, beta), ref_logps, scores) | {"beta": beta}
+        for beta in betas
+    ]
+
+
 def share_of_gain(found: dict, ref_logps, scores) -> float:
     """(score - the reference's) / (the best score at the same KL - the reference's)."""
     start = exact(ref_logps, ref_logps, scores)["score"]
     return (found["score"] - start) / (best_score(ref_logps, scores, found["kl"]) - start)
+
+
+def exact_with_share(logps, ref_logps, scores) -> dict[str, float]:
+    """`exact`, and unless the policy is the reference itself, `share_of_gain`."""
+    found = exact(logps, ref_logps, scores)
+    if found["kl"] > 1e-6:
+        found["share_of_gain"] = share_of_gain(found, ref_logps, scores)
+    return found

@@ -1,6 +1,7 @@
 """The experiments under figures/: their sums against brute force, their files against each other.
 
-Nothing is tuned here and nothing drawn: matplotlib is not needed.
+Nothing is tuned or drawn here, so matplotlib is not needed. What figures/ and benchmarks/ share is
+tested here too.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ import pytest
 import torch
 from helpers import tiny_llama
 
-# Behind all else: figures/bugs.py must not take the place of tests/bugs.py.
+# At the end, so that figures/bugs.py does not take the place of tests/bugs.py.
 sys.path.append(str(Path(__file__).parents[1] / "figures"))
 
 import closed_form
@@ -23,7 +24,9 @@ import length
 import noise
 import tuning as t
 import world as w
-from record import rounded
+from drawing import rounded, thinned, thinned_steps
+
+from benchmarks.record import machine_record, read_log, write_result
 
 FIGURES = Path(__file__).parents[1] / "figures"
 EXPERIMENTS = sorted(path.stem for path in (FIGURES / "results").glob("*.json"))
@@ -118,7 +121,7 @@ def test_the_optimum_of_bradley_terry_votes_is_the_tilted_reference():
     assert torch.allclose(found, w.optimum(REF, SCORES, 0.5), atol=1e-4)
 
 
-def test_the_optimum_of_a_mean_has_equal_rewards_a_token():
+def test_the_optimum_of_a_mean_has_equal_rewards_per_token():
     lengths = torch.tensor([[5.0, 9.0, 2.0], [4.0, 4.0, 8.0]], dtype=torch.float64)
     logps = length.mean_optimum(REF, SCORES, lengths, beta=6.0)
     assert torch.allclose(logps.exp().sum(dim=1), torch.ones(2).double())
@@ -156,3 +159,34 @@ def test_numbers_are_rounded_to_significant_digits():
         "a": [123460.0, 0.00012346],
         "b": 7,
     }
+
+
+def test_a_result_is_read_back_and_tells_how_it_was_made(tmp_path):
+    data = {"made": machine_record(), "values": [0.1, 2], "by beta": {0.5: None}}
+    write_result(tmp_path / "new" / "x.json", data)
+    text = (tmp_path / "new" / "x.json").read_text("utf-8")
+    assert text.count("\n") == 5  # two braces, and a line per entry
+    assert json.loads(text) == data | {"by beta": {"0.5": None}}
+    assert {"date", "versions", "threads", "command", "cpu"} <= data["made"].keys()
+
+
+def test_a_log_is_split_by_stage_into_steps_and_evaluations(tmp_path):
+    rows = [
+        {"stage": "sft", "step": 0, "loss": 3.0},
+        {"stage": "dpo", "step": 0, "loss": 0.7},
+        {"stage": "dpo", "step": 1, "eval_loss": 0.6},
+    ]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    log = read_log(path)
+    assert log["sft"] == (rows[:1], [])
+    assert log["dpo"] == (rows[1:2], [{"stage": "dpo", "step": 1, "loss": 0.6}])
+
+
+@pytest.mark.parametrize("count", [14, 15, 37, 38, 60])
+def test_a_thinned_curve_has_the_mean_of_each_15_whole_steps(count):
+    rows = [{"loss": float(step**2)} for step in range(count)]
+    groups = [range(at, at + 15) for at in range(0, count - 14, 15)]
+    found = thinned(rows, "loss")
+    assert found == pytest.approx([sum(step**2 for step in group) / 15 for group in groups])
+    assert thinned_steps(found) == [group[7] for group in groups]
