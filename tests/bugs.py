@@ -16,19 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dpo_minimal.batches import (
-    pair_batch,
-)
-from dpo_minimal.checkpoint import load_llama, load_state
-from dpo_minimal.data import (
-    EncodedPair,
-    encode_example,
-    encode_pair,
-    encode_sft,
-    format_prompt,
-)
-from dpo_minimal.evaluate import batch_logps
+from dpo_minimal.batches import pair_batch
+from dpo_minimal.data import EncodedPair, encode_example, encode_pair, encode_sft, format_prompt
+from dpo_minimal.formats.huggingface import load_llama
 from dpo_minimal.llama import Attention, Llama, at_least_float32, rotary_table, rotate
+from dpo_minimal.loop import load_state
 from dpo_minimal.loop import train as train_loop
 from dpo_minimal.lora import Adapter, active_adapters, merged_weight
 from dpo_minimal.loss import chunk_logps, dpo_loss, preference_logps, token_logps
@@ -39,7 +31,7 @@ from dpo_minimal.nf4 import (
     dequantize_nf4,
     quantize_nf4,
 )
-from dpo_minimal.reference import reference_logps
+from dpo_minimal.reference import batch_logps, reference_logps
 
 
 class Bug(NamedTuple):
@@ -214,8 +206,8 @@ def truncation_takes_the_whole_answer(tokenizer, pair, max_length):
     "Long answers are learned without their end: the model breaks off or does not stop.",
     "test_data.py::test_dropped_rows_are_counted_and_the_rest_keeps_its_order_and_its_ends",
 )
-def truncation_takes_the_eos(tokenizer, texts, max_length, log=print):
-    encoded = [encode_example(tokenizer, *text[:2]) for text in texts]
+def truncation_takes_the_eos(tokenizer, pairs, max_length, log=print):
+    encoded = [encode_example(tokenizer, pair.prompt, pair.chosen) for pair in pairs]
     return [(p, answer[: max_length - len(p)]) for p, answer in encoded if len(p) < max_length]
 
 
@@ -328,12 +320,12 @@ def pair_swapped(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *opti
     "test_loop.py::test_the_logged_loss_is_that_of_all_micro_batches",
     "test_loop.py::test_four_batches_of_one_are_one_batch_of_four",
 )
-def accumulation_unscaled(model, objective, order, collate, steps, settings, *rest, **named):
-    def collate_unscaled(indices):  # the sum of the micro-batches' means, not their mean
-        batch = collate(indices)
+def accumulation_unscaled(model, stage, settings, folder, resume=False):
+    def collate_unscaled(rows):  # the sum of the micro-batches' means, not their mean
+        batch = stage.collate(rows)
         return replace(batch, count=batch.count / settings.grad_accum)
 
-    train_loop(model, objective, order, collate_unscaled, steps, settings, *rest, **named)
+    train_loop(model, replace(stage, collate=collate_unscaled), settings, folder, resume)
 
 
 @bug(
@@ -380,7 +372,7 @@ def base_not_quantized(folder, device="cpu", dtype=torch.float32, quantize="nf4"
 @bug(
     23,
     batch_logps,
-    "A run that finds its reference on disk draws other dropout than the run that computed it.",
+    "A resumed run, which knows its reference, draws other dropout than the run that computed it.",
     "test_loop.py::test_an_evaluation_moves_neither_the_random_state_nor_the_mode",
 )
 def reference_pass_moves_the_random_state(model, batch):
@@ -505,7 +497,7 @@ def merged_into_nf4_again(layer):
     "test_checkpoint.py::test_a_state_brings_back_weights_adam_random_numbers_and_progress",
     "test_loop.py::test_killed_and_resumed_equals_uninterrupted_bit_for_bit[5-0.0]",
 )
-def resume_forgets_adam(path, model, optimizer):
-    progress = load_state(path, model, optimizer)
+def resume_forgets_adam(path, model, optimizer, tables):
+    progress = load_state(path, model, optimizer, tables)
     optimizer.state.clear()
     return progress

@@ -9,21 +9,19 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import train
-from dpo_minimal import forum, loop, run_command
-from dpo_minimal.batches import answer_rows, pair_batch
+from dpo_minimal import forum, loop, reference, run_command
+from dpo_minimal.batches import answer_rows
 from dpo_minimal.checkpoint import load_adapter, load_llama, save_llama
-from dpo_minimal.data import encode_pair, load_pairs, load_splits
-from dpo_minimal.files import open_safetensors
+from dpo_minimal.data import encode_pair, load_splits
+from dpo_minimal.formats.safetensors import open_safetensors
 from dpo_minimal.llama import Llama, LlamaConfig
-from dpo_minimal.lora import active_adapters, add_adapter
+from dpo_minimal.lora import active_adapters
 from dpo_minimal.loss import sequence_logps
-from dpo_minimal.reference import open_reference, reference_logps
 from dpo_minimal.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -72,8 +70,8 @@ def few_tokens():
     """Untrained models never end an answer: let them say 8 tokens and not 128."""
     compare = train.compare
 
-    def short(model, tokenizer, questions, device, max_new_tokens, *rest):
-        return compare(model, tokenizer, questions, device, 8, *rest)
+    def short(model, tokenizer, questions, **options):
+        return compare(model, tokenizer, questions, **options | {"max_new_tokens": 8})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "compare", short)
@@ -275,48 +273,29 @@ def test_a_finished_run_resumes_to_nothing_and_a_changed_setting_is_refused(
     assert caught.value.code == 2 and "--lora-r" in capsys.readouterr().err
 
 
-def test_kept_reference_log_probs_are_used_only_where_nothing_they_depend_on_changed(
-    tmp_path, data, tokenizer_file, tokenizer
+def test_the_reference_is_kept_within_a_run_and_never_taken_from_another(
+    tmp_path, flags, monkeypatch
 ):
-    (tmp_path / "state").mkdir()
-    (tmp_path / "base").mkdir()
-    shutil.copy(tokenizer_file, tmp_path / "base" / "tokenizer.model")
-    args = SimpleNamespace(max_length=128, seed=0)
-    run = SimpleNamespace(out=tmp_path, model_folder=tmp_path / "base", args=args)
-    run.dtype, run.device = torch.float32, "cpu"
-    texts = load_pairs(data, lambda text: None)
-    batch = pair_batch([encode_pair(tokenizer, pair, 128) for pair in texts], [3, 1, 2], "cpu")
-    torch.manual_seed(0)
-    model = Llama(TINY)
-    add_adapter(model, "sft", r=2)
-    add_adapter(model, "dpo", r=2)
+    out, computed, right = tmp_path / "run", [], reference.reference_logps
 
-    def changed(name="", texts=texts, batch_size=3):
-        """Change the parameters with this name; whether the reference is computed anew."""
-        for path, parameter in model.named_parameters():
-            if name and name in path:
-                parameter.data.add_(0.1)
-        kept = open_reference(run, model, texts, 5, batch_size)
-        known = ~kept.table.isnan().any(dim=1)
-        assert known.tolist() in ([False] * 5, [False, True, True, True, False])
-        expected = reference_logps(model, batch)
-        assert torch.equal(kept.logps(model, batch), expected)
-        assert torch.equal(kept.table[[3, 1, 2]], expected)
-        kept.save()
-        return not known.any()
+    def count(model, batch):
+        computed.extend(batch.indices)
+        return right(model, batch)
 
-    assert changed()
-    assert not changed()
-    assert not changed(".dpo.lora_B")  # the policy may move
-    assert changed(".sft.lora_B")
-    assert changed("up_proj")
-    assert changed(texts=texts[::-1])
-    assert changed(batch_size=4)
-    args.max_length = 96  # other pairs may be dropped, and the numbers of the rest move
-    assert changed() and not changed()
-    with open(tmp_path / "base" / "tokenizer.model", "ab") as file:
-        file.write(b" ")
-    assert changed()
+    monkeypatch.setattr(reference, "reference_logps", count)
+    command(*flags, "--out", out, "--stage", "sft")
+    command("--out", out, "--stage", "dpo", "--epochs", 3, "--max-steps", 99)
+    # Once per pair, in three epochs and two evaluations: 27 of 28 pairs fit, 16 are held out.
+    assert sorted(computed) == sorted([*range(27), *range(16)])
+    # The same stage after SFT has changed: what the first command computed would be wrong now.
+    path = out / "sft" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\0")
+    shutil.rmtree(out / "dpo")
+    del computed[:]
+    command("--out", out, "--stage", "dpo", "--epochs", 1, "--max-steps", 1)
+    assert len(computed) == 1 + 16  # so few pairs are trained one at a time
+    (first,) = [row for row in metrics(out) if row["stage"] == "dpo" and "loss" in row]
+    assert first["rewards/margins"] == 0 and abs(first["loss"] - LN2) <= 2**-25
 
 
 # The embedded forum, with a small forum in its place.
@@ -367,14 +346,14 @@ def test_a_thread_longer_than_max_length_is_dropped_and_counted(tmp_path, monkey
     threads, widths = forum.make_forum(0)["pretrain"][:200], []
     monkeypatch.setattr(forum, "make_forum", lambda seed: {"pretrain": threads})
     monkeypatch.setattr(train, "TINY_LLAMA", TINY)
-    collate = train.collate_packed
+    packed_batch = train.packed_batch
 
     def watch(*args, **named):
-        batch = collate(*args, **named)
+        batch = packed_batch(*args, **named)
         widths.append(batch.tokens.shape[1])
         return batch
 
-    monkeypatch.setattr(train, "collate_packed", watch)
+    monkeypatch.setattr(train, "packed_batch", watch)
     command("--stage", "pretrain", "--max-length", 90, "--out", tmp_path / "run")
     said = capsys.readouterr().out
     assert re.search(r"threads: dropped \d+ of 200 longer than 90 tokens", said)
