@@ -1,13 +1,14 @@
-"""The architecture against NumPy loops in float64, and the config files it reads or refuses."""
+"""The architecture against NumPy loops in float64, and config files, read or refused."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from helpers import SHAPE, fill_adapter, random_tokens, tiny_llama
+from helpers import SHAPE, fill_adapter, quantize_model, random_tokens, tiny_llama
 
 from dpo_minimal import InputError, nf4
+from dpo_minimal.formats.huggingface import parse_config
 from dpo_minimal.llama import (
     Attention,
     Llama,
@@ -18,7 +19,7 @@ from dpo_minimal.llama import (
     rotate,
 )
 from dpo_minimal.lora import add_adapter
-from dpo_minimal.nf4 import NF4Linear, quantize_model
+from dpo_minimal.nf4 import NF4Linear, keep_weights
 
 LLAMA3_SCALING = {
     "factor": 8.0,
@@ -137,7 +138,7 @@ def numpy_frequencies(config):
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     scaled = []
     for frequency in frequencies:
-        wavelength = 2 * math.pi / frequency  # tokens a turn
+        wavelength = 2 * math.pi / frequency  # tokens per turn
         if wavelength < context / high:
             scaled.append(frequency)
         elif wavelength > context / low:
@@ -205,6 +206,11 @@ def numpy_llama(model, tokens):
     return numpy_norm(x, weights["model.norm.weight"], eps) @ weights["lm_head.weight"].T
 
 
+def same(actual, expected, name=""):
+    """Assert that two tensors are equal to the last bit."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, msg=lambda t: f"{name} {t}")
+
+
 def assert_close(actual, expected, tolerance=1e-10):
     actual = actual.detach().numpy() if isinstance(actual, torch.Tensor) else actual
     expected = expected.detach().numpy() if isinstance(expected, torch.Tensor) else expected
@@ -226,7 +232,15 @@ def test_rms_norm_in_16_bits_computes_in_float32(dtype):
     x = (100 * torch.randn(4, 256, generator=torch.Generator().manual_seed(0))).to(dtype)
     # In float16 the square of 300 is infinite; in bfloat16 the mean keeps two digits.
     expected = torch.from_numpy(numpy_norm(x.double().numpy(), 1.0, 1e-6)).to(dtype)
-    assert torch.equal(RMSNorm(256, 1e-6).to(dtype)(x), expected)
+    same(RMSNorm(256, 1e-6).to(dtype)(x), expected)
+
+
+def test_without_an_eps_of_its_own_a_config_norms_with_1e_6():
+    given = {name: value for name, value in LLAMA_2_7B.items() if name != "rms_norm_eps"}
+    assert (parse_config(given).rms_norm_eps, LlamaConfig(**SHAPE).rms_norm_eps) == (1e-6, 1e-6)
+    # (1e-3, 1e-3, ...) has a mean square of 1e-6: the eps doubles it, and 1 / sqrt(2) is left.
+    norm = Llama(LlamaConfig(**SHAPE)).model.norm.double()
+    assert_close(norm(torch.full((16,), 1e-3, dtype=torch.float64)), np.full(16, 0.5**0.5))
 
 
 def test_rotary_embedding_turns_halves_of_a_head_not_neighbours():
@@ -250,7 +264,7 @@ def test_rotary_table_of_a_bfloat16_model_is_float32():
 
 
 def test_llama_3_rope_scaling_equals_its_three_cases():
-    config = LlamaConfig.from_dict(LLAMA_3_1_8B)
+    config = parse_config(LLAMA_3_1_8B)
     expected, plain = numpy_frequencies(config), [500000.0 ** (-i / 64) for i in range(64)]
     kept = sum(e == p for e, p in zip(expected, plain, strict=True))
     slowed = sum(e == p / 8 for e, p in zip(expected, plain, strict=True))
@@ -304,7 +318,7 @@ def test_right_padding_changes_nothing():
 def test_the_key_value_cache_gives_the_logits_of_a_full_forward():
     model, tokens = tiny_llama(), random_tokens(2, 8)
     cache = [{} for _ in model.model.layers]
-    steps = [model(tokens[:, :3], cache=cache)]  # a prompt, then a token a call
+    steps = [model(tokens[:, :3], cache=cache)]  # a prompt, then one token per call
     for t in range(3, 8):
         steps.append(model(tokens[:, t : t + 1], torch.tensor([[t]]), cache=cache))
     assert_close(torch.cat(steps, dim=1), model(tokens))
@@ -335,7 +349,7 @@ def test_gradient_checkpointing_over_a_frozen_base_keeps_the_adapters_gradients(
     assert len(without) == 2 * 7 * 2  # A and B of seven linear layers in two blocks
     for name, gradient in with_it.items():
         assert gradient is not None and gradient.any(), name
-        assert torch.equal(gradient, without[name]), name
+        same(gradient, without[name], name)
 
 
 def test_gradient_checkpointing_computes_each_block_twice():
@@ -348,26 +362,40 @@ def test_gradient_checkpointing_computes_each_block_twice():
 
 
 def test_checkpointing_over_nf4_dequantizes_once_for_recomputation_and_backward(monkeypatch):
-    def gradients(checkpointing):
+    def quantized():
         model = quantize_model(tiny_llama(torch.float32))
         add_adapter(model, "dpo", r=2, targets="all")
         fill_adapter(model, "dpo")
-        model.gradient_checkpointing = checkpointing
-        model.hidden(random_tokens(2, 5)).square().sum().backward()
-        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        return model
 
     calls, dequantize = [], nf4.dequantize_nf4
     monkeypatch.setattr(nf4, "dequantize_nf4", lambda q: calls.append(q) or dequantize(q))
-    without, count = gradients(False), len(calls)
-    calls.clear()
-    with_it = gradients(True)
+
+    def gradients(model):
+        """(how often a weight was dequantized, the gradients of a step)."""
+        calls.clear()
+        model.zero_grad()
+        model.hidden(random_tokens(2, 5)).square().sum().backward()
+        named = model.named_parameters()
+        return len(calls), {name: p.grad for name, p in named if p.requires_grad}
+
+    model, other = quantized(), quantized()
+    count, expected = gradients(model)
     # Seven layers in two blocks, forward and backward; but nothing below the first adapters'
     # sums needs a gradient, so that q, k and v of the first block are read in forward only.
     assert count == 2 * 14 - 3
-    assert len(calls) == 2 * 14
-    assert not NF4Linear.recomputed
+    model.gradient_checkpointing = True
+    keep_weights(model, True)  # as train.py does
+    kept, with_it = gradients(model)
+    assert kept == 2 * 14
+    layers = [layer for layer in other.modules() if isinstance(layer, NF4Linear)]
+    assert [layer.keep_weight for layer in layers] == [False] * 14  # that was of one model only
+    keep_weights(model, False)
+    assert gradients(model)[0] == 3 * 14 - 3  # unless they are kept, once for each of the three
+    model.gradient_checkpointing = False
+    assert gradients(model)[0] == count
     for name, gradient in with_it.items():
-        assert torch.equal(gradient, without[name]), name
+        same(gradient, expected[name], name)
 
 
 # Config files.
@@ -384,16 +412,16 @@ def test_checkpointing_over_nf4_dequantizes_once_for_recomputation_and_backward(
 )
 def test_published_configs_give_models_of_the_published_size(published, parameters):
     with torch.device("meta"):
-        model = Llama(LlamaConfig.from_dict(published))
+        model = Llama(parse_config(published))
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
 def test_a_published_config_is_read_field_by_field():
-    config = LlamaConfig.from_dict(LLAMA_3_1_8B)
+    config = parse_config(LLAMA_3_1_8B)
     assert (config.head_dim, config.num_key_value_heads, config.vocab_size) == (128, 8, 128256)
     assert (config.rope_theta, config.rms_norm_eps) == (500000.0, 1e-5)
     assert config.rope_scaling == LLAMA3_SCALING
-    llama_2 = LlamaConfig.from_dict(LLAMA_2_7B)  # its file has no rope_theta
+    llama_2 = parse_config(LLAMA_2_7B)  # its file has no rope_theta
     assert (llama_2.rope_theta, llama_2.rope_scaling) == (10000.0, None)
     assert (llama_2.tie_word_embeddings, llama_2.max_position_embeddings) == (False, 4096)
 
@@ -404,13 +432,13 @@ def test_transformers_5_rope_parameters_mean_the_same_as_the_older_keys():
         rope = newer.pop("rope_scaling") or {"rope_type": "default"}
         newer["rope_parameters"] = rope | {"rope_theta": newer.pop("rope_theta")}
         newer["dtype"] = newer.pop("torch_dtype")
-        assert LlamaConfig.from_dict(newer) == LlamaConfig.from_dict(published)
+        assert parse_config(newer) == parse_config(published)
 
 
 def test_the_older_name_of_the_rope_type_is_read_too():
     scaling = {"type" if key == "rope_type" else key: v for key, v in LLAMA3_SCALING.items()}
-    older = LlamaConfig.from_dict(LLAMA_3_1_8B | {"rope_scaling": scaling})
-    assert older == LlamaConfig.from_dict(LLAMA_3_1_8B)
+    older = parse_config(LLAMA_3_1_8B | {"rope_scaling": scaling})
+    assert older == parse_config(LLAMA_3_1_8B)
 
 
 @pytest.mark.parametrize(
@@ -433,23 +461,23 @@ def test_the_older_name_of_the_rope_type_is_read_too():
 )
 def test_what_a_config_asks_for_and_is_not_implemented_is_named(key, value):
     with pytest.raises(InputError) as error:
-        LlamaConfig.from_dict(LLAMA_2_7B | {key: value})
+        parse_config(LLAMA_2_7B | {key: value})
     assert key in str(error.value) and repr(value) in str(error.value)
 
 
 @pytest.mark.parametrize("key", ["model_type", "hidden_size", "vocab_size", "num_hidden_layers"])
 def test_what_a_config_lacks_is_named(key):
     with pytest.raises(InputError, match=key):
-        LlamaConfig.from_dict({name: v for name, v in LLAMA_2_7B.items() if name != key})
+        parse_config({name: v for name, v in LLAMA_2_7B.items() if name != key})
 
 
 def test_heads_that_do_not_divide_into_key_value_heads_are_refused():
     with pytest.raises(InputError, match="32 heads.* 5 key/value heads"):
-        LlamaConfig.from_dict(LLAMA_2_7B | {"num_key_value_heads": 5})
+        parse_config(LLAMA_2_7B | {"num_key_value_heads": 5})
 
 
 def test_a_config_without_key_value_heads_or_head_dim_is_plain_multi_head():
-    config = LlamaConfig.from_dict(LLAMA_2_7B | {"num_key_value_heads": None})
+    config = parse_config(LLAMA_2_7B | {"num_key_value_heads": None})
     assert (config.num_key_value_heads, config.head_dim) == (32, 128)
 
 
