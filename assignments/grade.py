@@ -33,25 +33,26 @@ HERE = Path(__file__).resolve().parent
 PACKAGE = HERE.parent  # the taught code; in the autograder's zip a copy with holes
 MEMORY = 2**30  # bytes that a child may take beyond what torch itself has mapped
 LARGEST_FILE = 2**20
+TAUGHT = ("dpo_minimal/**/*.py", "dpo_minimal/*.json")  # what the package consists of
 SWITCHES = ("DisableTorchFunction", "_python_dispatch", "torch.overrides")  # ways around a refusal
 AGAIN = 5  # seconds for the other checks of a problem after one has hung
 
 
 def cut(package: Path, problems) -> dict[str, str]:
     """The package's files as students get them, {path: text}; holes raise NotImplementedError."""
-    paths = sorted(package.glob("dpo_minimal/**/*.py"))
+    paths = sorted(path for pattern in TAUGHT for path in package.glob(pattern))
     files = {str(p.relative_to(package)): p.read_text("utf-8") for p in paths}
     for problem in problems:
         if problem.template:
             files[problem.template] = (HERE / "handout" / problem.template).read_text("utf-8")
+        asked = f"Problem {NUMBERS[problem.name]}: {problem.title}"
         for path, holes in problem.files.items():
-            said = f'raise NotImplementedError("Problem {NUMBERS[problem.name]}: {problem.title}")'
-            bodies = dict.fromkeys(holes, said)
-            if path == problem.file:
-                optional = said.replace(problem.title, f"{problem.title}; this helper is optional")
-                bodies |= dict.fromkeys(problem.helpers, optional)
-            files[path] = replace_bodies(files[path], bodies)
+            said = f'raise NotImplementedError("{asked}")'
+            files[path] = replace_bodies(files[path], dict.fromkeys(holes, said))
             files[path] = guard_imports(files[path], problem.at_import)
+        for path, helpers in problem.helpers.items():
+            said = f'raise NotImplementedError("{asked}; this helper is optional")'
+            files[path] = replace_bodies(files[path], dict.fromkeys(helpers, said))
     return files
 
 

@@ -130,11 +130,10 @@ def removed(problems: list[Problem]) -> dict[str, int]:
     """The distinctive statements of what was cut out: {normalized line: number of its problem}."""
     found = {}
     for problem in problems:
-        for path, holes in problem.files.items():
+        for path, names in (*problem.files.items(), *problem.helpers.items()):
             if not (PACKAGE / path).exists():
                 continue
             nodes = functions(ast.parse((PACKAGE / path).read_text("utf-8")))
-            names = (*holes, *(problem.helpers if path == problem.file else ()))
             for name in names:
                 found |= dict.fromkeys(statements(body_of(nodes[name])), NUMBERS[problem.name])
     return {line: number for line, number in found.items() if distinctive(line)}

@@ -84,6 +84,5 @@ def statements(nodes) -> set[str]:
 
 def distinctive(line: str) -> bool:
     """Whether a statement could give an answer away: `return y` or a short loop could not."""
-    return len(line) >= 18 and not line.startswith(
-        ("raise ", "super()", "import ", "from ", "assert ")
-    )
+    says_little = ("raise ", "super()", "import ", "from ", "assert ", "if torch.compiler.")
+    return len(line) >= 18 and not line.startswith(says_little)

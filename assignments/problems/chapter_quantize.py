@@ -158,11 +158,15 @@ DEQUANTIZE = Problem(
     title="Dequantize",
     file=FILE,
     holes=("dequantize_absmax", "dequantize_nf4"),
-    helpers=("code_pairs", "dequantize_fused", "select_code"),
+    helpers={
+        FILE: ("code_pairs",),
+        "dpo_minimal/extras/compiled.py": ("dequantize_fused", "select_code"),
+    },
     text="""`dequantize_absmax`: the stored absmax, or value = DYNAMIC_CODE[code] * scale + offset
 with one scale for each ABSMAX_BLOCK values. `dequantize_nf4`: NF4_CODE[nibble] * absmax in float32,
 high nibble first, and then one cast to the weight's dtype; an odd end of packed or a partial last
-block is cut off. The helpers below it made the taught version faster; you need not write them.""",
+block is cut off. Three helpers made the taught version faster, and you need not write them:
+`code_pairs`, and in `extras/compiled.py` `dequantize_fused` and `select_code`.""",
     checks=(
         Check(
             *("shape", 1, "dequantize", dequantize_inputs(3, 8), expect_dequantized),

@@ -42,10 +42,11 @@ class Problem:
     checks: tuple[Check, ...]
     bugs: dict[str, str]
     banned: tuple[str, ...] = ()
-    helpers: tuple[str, ...] = ()  # removed too, since they give answers away; not graded
     changes: dict[str, str] = field(default_factory=dict)  # {a variant's choice: what is asked}
     seconds: int = 10
     more_holes: dict[str, tuple[str, ...]] = field(default_factory=dict)  # in further files
+    # By file, what is cut out too, since it gives answers away; nobody needs to write it.
+    helpers: dict[str, tuple[str, ...]] = field(default_factory=dict)
     at_import: dict[str, str] = field(default_factory=dict)  # see source.guard_imports
     template: str | None = None  # a file of its own, not one of the package
 
