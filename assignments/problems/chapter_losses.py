@@ -167,10 +167,12 @@ DPO = Problem(
     name="dpo_loss",
     title="The DPO loss",
     file=FILE,
-    holes=("dpo_loss",),
-    text="""Losses and rewards from summed log-probabilities, as the docstring has them: nothing is
-averaged, rewards are beta times the log-ratios and carry no gradient, a log-sigmoid of -1000 is
--1000 and not -inf, options that make no sense raise a ValueError. {loss}""",
+    holes=("sigmoid_loss", "ipo_loss", "hinge_loss", "dpo_loss"),
+    text="""Losses and rewards from summed log-probabilities, as the docstrings have them: nothing
+is averaged, rewards are beta times the log-ratios and carry no gradient, a log-sigmoid of -1000 is
+-1000 and not -inf, options that make no sense raise a ValueError. The kinds of loss are functions
+of delta, which the table LOSSES names; only `dpo_loss` is called, so it may also hold all three.
+{loss}""",
     checks=(
         Check(
             *("shape", 1, "dpo", dpo_inputs(5), expect_dpo("losses", "chosen", "rejected")),

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from dpo_minimal.batches import pad
-from dpo_minimal.loss import KINDS
 from dpo_minimal.nf4 import linspace32
 from solutions.standard import answers
 
@@ -48,20 +47,11 @@ def rank_stabilized(self, in_features: int, out_features: int, r: int, alpha: fl
     self.scale, self.dropout = alpha / math.sqrt(r), dropout
 
 
-@answers("dpo_minimal/loss.py", "dpo_loss", "robust")
-def robust_loss(pc, pr, rc, rr, beta: float, label_smoothing: float = 0.0, kind: str = "sigmoid"):
-    if kind not in KINDS or (label_smoothing and kind != "sigmoid"):
-        raise ValueError(f"no DPO loss of kind {kind!r} with label smoothing {label_smoothing}")
-    delta = (pc - rc) - (pr - rr)
-    if kind == "sigmoid":
-        e = label_smoothing
-        losses = -(1 - e) * F.logsigmoid(beta * delta) + e * F.logsigmoid(-beta * delta)
-        losses = losses / (1 - 2 * e)
-    elif kind == "ipo":
-        losses = (delta - 1 / (2 * beta)) ** 2
-    else:
-        losses = torch.relu(1 - beta * delta)
-    return losses, beta * (pc - rc).detach(), beta * (pr - rr).detach()
+@answers("dpo_minimal/loss.py", "sigmoid_loss", "robust")
+def robust_loss(delta, beta: float, label_smoothing: float):
+    e = label_smoothing
+    losses = -(1 - e) * F.logsigmoid(beta * delta) + e * F.logsigmoid(-beta * delta)
+    return losses / (1 - 2 * e)
 
 
 @answers("by_hand.py", "dpo_gradient", "ipo")
