@@ -1,6 +1,8 @@
 """The calls of the last two problems: texts to token rows, and the training loop."""
 
+import math
 import re
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -59,27 +61,27 @@ class StandInBatch:
 
 
 class StandInOrder:
-    """Yields the given batches; `place` says how many were read, and may be set."""
+    """Yields the given batches, each with the place behind it: (0, how many were read)."""
 
     def __init__(self, batches):
-        self.batches, self.place = batches, (0, 0)
+        self.given = batches
 
-    def __iter__(self):
-        read = self.place[1]
-        while read < len(self.batches):
-            read += 1
-            self.place = 0, read
-            yield self.batches[read - 1]
+    def num_batches(self, batch_size):
+        return len(self.given)
+
+    def batches(self, batch_size, place=(0, 0)):
+        for read in range(place[1], len(self.given)):
+            yield self.given[read], (0, read + 1)
 
 
 class StandInLog:
-    """Keeps what is logged."""
+    """Keeps what is logged. It is called as the class Log is, and gives itself."""
 
     def __init__(self):
-        self.rows, self.rewound = [], []
+        self.rows = []
 
-    def rewind(self, step):
-        self.rewound.append(step)
+    def __call__(self, path, stage, first_step, steps, steps_per_epoch=math.inf):
+        return self
 
     def write(self, step, prefix="", **metrics):
         self.rows.append({"step": step, "prefix": prefix, **metrics})
@@ -98,22 +100,25 @@ def training(x, y, w, batches, steps, settings, resume_at=0, evaluates=False):
         losses = (model(batch.x)[:, 0] - batch.y) ** 2
         return losses, {"miss": losses.sqrt()}
 
-    place = 0, resume_at * settings["grad_accum"]
-    progress = {"step": resume_at, "num_tokens": 1000, "place": place}
-    loop.load_state = lambda *args, **named: progress
-    loop.save_state = lambda path, model, optimizer, **progress: saved.append(progress)
-    state = Path("state.pt")
-    if resume_at:
-        state.touch()
-    evaluate = (lambda model: {"loss": 0.5}) if evaluates else None
-
     def collate(indices):
         return StandInBatch(x[indices], y[indices])
 
-    chosen = loop.Settings(**settings)
-    loop.train(
-        model, objective, StandInOrder(batches), collate, steps, chosen, log, state, evaluate
-    )
+    def load_state(path, model, optimizer, tables):
+        return resume_at, 1000, (0, resume_at * settings["grad_accum"])
+
+    def save_state(path, model, optimizer, tables, progress):
+        saved.append(progress)
+
+    loop.load_state, loop.save_state, loop.Log = load_state, save_state, log
+    folder = Path(tempfile.mkdtemp(dir="."))
+    if resume_at:
+        (folder / "state").mkdir()
+        (folder / "state" / "trial.pt").touch()
+    evaluate = (lambda model: {"loss": 0.5}) if evaluates else None
+    stage = loop.Stage("trial", objective, StandInOrder(batches), collate, evaluate)
+    epochs = steps * settings["grad_accum"] / len(batches)
+    chosen = loop.Settings(**settings, epochs=epochs)
+    loop.train(model, stage, chosen, folder, resume=bool(resume_at))
     trained = [row for row in log.rows if not row["prefix"]]
     names = ("loss", "miss", "grad_norm", "learning_rate", "num_tokens")
     columns = {name: torch.tensor([float(row[name]) for row in trained]) for name in names}
@@ -122,7 +127,7 @@ def training(x, y, w, batches, steps, settings, resume_at=0, evaluates=False):
         "weights seen": torch.stack(weights),
         "steps": [row["step"] for row in trained],
         "evaluated at": [row["step"] for row in log.rows if row["prefix"] == "eval_"],
-        "saved at": [progress.get("step") for progress in saved],
-        "saved places": [list(progress["place"]) for progress in saved],
+        "saved at": [step for step, _, _ in saved],
+        "saved places": [list(place) for _, _, place in saved],
         **columns,
     }

@@ -3,6 +3,8 @@
 from grader import oracle_losses as oracle
 from problems.ladder import Check, Problem, only
 
+LOOP = "dpo_minimal/loop.py"
+
 # --- tokenization and masks -------------------------------------------------------------------
 
 WORDS = [
@@ -178,20 +180,24 @@ def expect_training(*names):
 TRAINING = Problem(
     name="training",
     title="The training loop",
-    file="dpo_minimal/loop.py",
+    file=LOOP,
     holes=("train",),
+    helpers={LOOP: ("evaluation_is_due", "next_batches", "means")},
     text="""AdamW with `fused=True` and the weight decay of the settings on the trainable
-parameters. If `state_path` exists, `load_state(state_path, model, optimizer)` gives `step`,
-`num_tokens` and `place` to go on from: set `order.place` before you draw from `iter(order)`.
-`log.rewind(first step)`. Each step: its `learning_rate(...)`; `grad_accum` batches; the sum of all
-losses over the sum of all counts (never a mean of means), clipped by norm; step;
-`log.write(step, loss=, learning_rate=, grad_norm= (before clipping), num_tokens= (of all steps),
-tokens_per_second=, and the mean of each metric over all examples of the step)`. After every
-`save_every`-th step (if that is not 0), `keep()` if it is given and `save_state(state_path, model,
-optimizer, step=<steps done>, num_tokens=, place=order.place)`. With `evaluate`, what
-`evaluate(model)` returns is logged with the prefix "eval_": before step s whenever `eval_every`
-divides s (if it is not 0; s = 0 only if `eval_at_start`), with step=s, and always after the last
-step, with step=steps. There is one process: you need nothing from `parallel`.""",
+parameters. `count_steps` gives the number of steps. `start`, called with
+folder/state/<the stage's name>.pt, gives the step, the number of tokens and the place in the order
+to go on from. `Log` gets folder/metrics.jsonl; `stage.order.batches(batch_size, place)` yields
+(rows, the place behind them), and `stage.collate(rows)` makes a batch. Each step: its
+`learning_rate(...)`; `grad_accum` batches; the sum of all losses over the sum of all counts (never
+a mean of means), clipped by norm; step; `log.write(step, loss=, learning_rate=, grad_norm= (before
+clipping), num_tokens= (of all steps), tokens_per_second=, and the mean of each metric over all
+examples of the step)`. After every `save_every`-th step (if that is not 0), `save_state` with the
+stage's tables and progress=(steps done, num_tokens, place). With `stage.evaluate`, what
+`stage.evaluate(model)` returns is logged with the prefix "eval_": before step s whenever
+`eval_every` divides s (if it is not 0; s = 0 only if `eval_at_start`), with step=s, and always
+after the last step, with step=steps. `count_steps`, `start`, `save_state` and `Log` are given.
+`evaluation_is_due`, `next_batches` and `means` are parts of the taught loop, cut out with it: fill
+them, or write all of it in `train`. There is one process: you need nothing from `parallel`.""",
     checks=(
         Check(
             *("shape", 1, "training", training_inputs(3), expect_training("w", "steps")),

@@ -7,13 +7,14 @@ taught code itself.
 import math
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from dpo_minimal.checkpoint import load_state, save_state
 from dpo_minimal.llama import at_least_float32, rotate
-from dpo_minimal.loop import learning_rate
+from dpo_minimal.log import Log
+from dpo_minimal.loop import count_steps, learning_rate, save_state, start, steps_per_epoch
 from dpo_minimal.nf4 import NF4_CODE, dequantize_absmax
 
 ANSWERS = []  # (variant's choice or None, file, qualified name, function)
@@ -85,31 +86,31 @@ def dequantize_nf4(quantized):
 
 
 @answers("dpo_minimal/loop.py", "train")
-def train(
-    model, objective, order, collate, steps, settings, log, state_path, evaluate=None, keep=None
-):
+def train(model, stage, settings, folder, resume=False):
+    folder, num_batches = Path(folder), stage.order.num_batches(settings.batch_size)
+    steps = count_steps(settings, num_batches)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=settings.weight_decay, fused=True)
-    first_step, num_tokens = 0, 0
-    if state_path.exists():
-        progress = load_state(state_path, model, optimizer)
-        first_step, num_tokens = progress["step"], progress["num_tokens"]
-        order.place = progress["place"]
-    log.rewind(first_step)
-    draw = iter(order)
+    state_path, log_path = folder / "state" / f"{stage.name}.pt", folder / "metrics.jsonl"
+    first_step, num_tokens, place = start(state_path, model, optimizer, stage.tables, resume)
+    log = Log(log_path, stage.name, first_step, steps, steps_per_epoch(settings, num_batches))
+    draw = stage.order.batches(settings.batch_size, place)
     model.train()
     for step in range(first_step, steps):
         due = settings.eval_every and step % settings.eval_every == 0
-        if evaluate and due and (step or settings.eval_at_start):
-            log.write(step, prefix="eval_", **evaluate(model))
+        if stage.evaluate and due and (step or settings.eval_at_start):
+            log.write(step, prefix="eval_", **stage.evaluate(model))
         started, rate = time.perf_counter(), learning_rate(step, steps, settings)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        batches = [collate(next(draw)) for _ in range(settings.grad_accum)]
+        batches = []
+        for _ in range(settings.grad_accum):
+            rows, place = next(draw)
+            batches.append(stage.collate(rows))
         count = sum(batch.count for batch in batches)
         sums = Counter()
         for batch in batches:
-            losses, metrics = objective(model, batch)
+            losses, metrics = stage.objective(model, batch)
             (losses.sum() / count).backward()
             for name, values in {"loss": losses, **metrics}.items():
                 sums[name] += float(values.detach().sum())
@@ -123,9 +124,7 @@ def train(
         speed = tokens / (time.perf_counter() - started)
         log.write(step, tokens_per_second=speed, **means)
         if settings.save_every and (step + 1) % settings.save_every == 0:
-            if keep:
-                keep()
-            progress = {"step": step + 1, "num_tokens": num_tokens, "place": order.place}
-            save_state(state_path, model, optimizer, **progress)
-    if evaluate:
-        log.write(steps, prefix="eval_", **evaluate(model))
+            progress = step + 1, num_tokens, place
+            save_state(state_path, model, optimizer, stage.tables, progress)
+    if stage.evaluate:
+        log.write(steps, prefix="eval_", **stage.evaluate(model))
