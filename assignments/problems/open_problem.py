@@ -55,9 +55,11 @@ def measure(adapter: str, folder: str, seed: int) -> dict[str, float]:
     sys.path.insert(0, str(taught if taught.exists() else ROOT))
     import torch
 
-    from dpo_minimal import evaluate, forum
+    from dpo_minimal import forum
     from dpo_minimal.checkpoint import load_adapter, load_llama
     from dpo_minimal.data import format_prompt
+    from dpo_minimal.evaluate import kl_estimate
+    from dpo_minimal.extras.report import judge_answers
     from dpo_minimal.generate import sample_answers
     from dpo_minimal.lora import active_adapters
     from dpo_minimal.tokenizer import load_tokenizer
@@ -73,9 +75,9 @@ def measure(adapter: str, folder: str, seed: int) -> dict[str, float]:
     prompts = [tokenizer.encode(format_prompt(question), bos=True) for question in questions]
     with torch.no_grad(), active_adapters(model, ["dpo"]):
         ids = sample_answers(model, tokenizer, questions, NEW_TOKENS, seed=seed)
-        kl = evaluate.kl_estimate(model, ["sft"], prompts, ids, "cpu")
+        kl = kl_estimate(model, ["sft"], prompts, ids, "cpu")
     answers = [tokenizer.decode(answer).strip() for answer in ids]
-    return {"true_score": evaluate.judge_answers(questions, answers)["true_score"], "kl": kl}
+    return {"true_score": judge_answers(questions, answers)["true_score"], "kl": kl}
 
 
 if __name__ == "__main__":
