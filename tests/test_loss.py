@@ -1,18 +1,21 @@
 """Log-probabilities of responses, and the DPO loss: values and gradients worked by hand."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import fill_adapter, random_tokens, tiny_llama
+from helpers import fill_adapter, quantize_model, random_tokens, tiny_llama
 
 from dpo_minimal import loss
 from dpo_minimal.lora import active_adapters, add_adapter
-from dpo_minimal.loss import dpo_loss, sequence_logps, sft_loss, token_logps
-from dpo_minimal.nf4 import quantize_model
+from dpo_minimal.loss import LOSSES, dpo_loss, sequence_logps, sft_loss, token_logps
+
+same = partial(torch.testing.assert_close, rtol=0, atol=0)
+close = partial(torch.testing.assert_close, rtol=0, atol=1e-10)
 
 # How often each token (column) follows each token (row) in a made-up corpus: the rows sum to
 # 4, 5 and 10, so that P(1 | 0) = 2/4, P(2 | 1) = 1/5, P(0 | 2) = 7/10, P(2 | 2) = 1/10.
@@ -74,7 +77,7 @@ def test_padding_and_the_neighbours_in_the_batch_change_nothing():
     longer = torch.cat((tokens[1:], random_tokens(1, 50, seed=4)), dim=1)
     batch, mask = torch.cat((padded, longer)), torch.cat((masked(padded, 3, 7), masked(longer, 9)))
     together = sequence_logps(model, batch, mask)
-    assert torch.allclose(together[0], alone[0], rtol=0, atol=1e-10)
+    close(together[0], alone[0])
 
 
 def test_twice_the_answer_has_twice_the_log_prob():
@@ -128,7 +131,7 @@ def test_huge_logits_do_not_overflow():
     assert actual == pytest.approx(math.log(1 / 2), abs=1e-3)  # 2,000 in float32 is +-1e-4
 
 
-def test_the_sft_loss_is_one_value_a_scored_token_in_order():
+def test_the_sft_loss_is_one_value_per_scored_token_in_order():
     tokens = torch.tensor([[1, 0, 1, 2, 0], [0, 2, 2, 0, 0]])
     mask = torch.cat((masked(tokens[:1], 3), masked(tokens[1:], 2, 3)))
     expected = [math.log(5), math.log(10 / 7), math.log(10)]
@@ -143,7 +146,7 @@ def test_the_sft_loss_of_packed_rows_is_that_of_separate_rows():
     positions = torch.tensor([[*range(4), *range(5)]])
     loss_mask = torch.cat((masked(first, 2), masked(second, 2)), dim=1)
     packed = sft_loss(model, torch.cat((first, second), dim=1), loss_mask, positions, mask)
-    assert torch.allclose(packed, torch.cat(separate), rtol=0, atol=1e-10)
+    close(packed, torch.cat(separate))
 
 
 def test_a_head_in_chunks_equals_one_call_in_value_and_gradient(monkeypatch):
@@ -157,7 +160,7 @@ def test_a_head_in_chunks_equals_one_call_in_value_and_gradient(monkeypatch):
         (value * torch.arange(9)).sum().backward()
         results.append([value] + [p.grad for p in model.parameters()])
     for whole, chunked in zip(*results, strict=True):
-        assert torch.allclose(whole, chunked, rtol=0, atol=1e-10)
+        close(whole, chunked)
 
 
 def test_autograd_keeps_no_logits_but_the_last_chunks(monkeypatch):
@@ -219,7 +222,7 @@ def test_the_gradient_is_minus_beta_sigmoid_of_minus_beta_delta(beta, delta):
     assert policy_chosen.grad.item() == pytest.approx(expected, abs=1e-10)
 
 
-@pytest.mark.parametrize("kind", loss.KINDS)
+@pytest.mark.parametrize("kind", LOSSES)
 def test_swapping_the_pair_negates_the_initial_gradient(kind):
     # Both answers as likely as under the reference: the gradient on each flips with its role.
     a, b = logps(-5.0, -9.0)
@@ -232,7 +235,7 @@ def test_swapping_the_pair_negates_the_initial_gradient(kind):
     assert [-g for g in plain] == list(swapped)
 
 
-@pytest.mark.parametrize("kind", loss.KINDS)
+@pytest.mark.parametrize("kind", LOSSES)
 def test_an_equal_shift_of_both_log_ratios_leaves_the_loss_alone(kind):
     before = dpo_loss(*logps(-1.0, -4.0, -2.0, -3.0), 0.1, kind=kind)[0]
     policy = dpo_loss(*logps(-11.0, -14.0, -2.0, -3.0), 0.1, kind=kind)[0]
@@ -264,7 +267,7 @@ def test_extreme_margins_stay_finite():
     assert policy_chosen.grad.tolist() == pytest.approx([-0.1, 0])
 
 
-def test_losses_and_rewards_are_one_value_a_pair():
+def test_losses_and_rewards_are_one_value_per_pair():
     values = [torch.randn(3, generator=torch.Generator().manual_seed(i)).double() for i in range(4)]
     together = dpo_loss(*values, 0.1)
     for i in range(3):
@@ -274,10 +277,25 @@ def test_losses_and_rewards_are_one_value_a_pair():
         )
 
 
-@pytest.mark.parametrize("kind, label_smoothing", [("simpo", 0.0), ("ipo", 0.1), ("hinge", 0.1)])
+@pytest.mark.parametrize(
+    "kind, label_smoothing",
+    [("simpo", 0.0), ("Hinge", 0.0), ("", 0.0), ("ipo", 0.1), ("hinge", 0.1)],
+)
 def test_a_loss_that_does_not_exist_is_refused(kind, label_smoothing):
-    with pytest.raises(ValueError, match=kind):
+    with pytest.raises(ValueError, match=f"{kind!r} with label smoothing {label_smoothing}"):
         dpo_loss(*logps(-1.0, -4.0, -2.0, -3.0), 0.1, label_smoothing, kind)
+
+
+def test_a_new_entry_of_the_table_is_what_the_dpo_loss_computes(monkeypatch):
+    def cubed(delta, beta, label_smoothing):
+        return beta * delta**3 + label_smoothing
+
+    monkeypatch.setitem(LOSSES, "cubed", cubed)
+    losses, *rewards = dpo_loss(*logps(-1.0, -4.0, -2.0, -3.0), 0.25, kind="cubed")
+    assert losses.tolist() == [0.25 * 2**3]  # delta = 2
+    assert [reward.item() for reward in rewards] == [0.25, -0.25]
+    with pytest.raises(ValueError, match="'cubed' with label smoothing 0.1"):
+        dpo_loss(*logps(-1.0, -4.0, -2.0, -3.0), 0.25, 0.1, "cubed")
 
 
 # Step 0 of a run.
@@ -294,7 +312,8 @@ def test_the_loss_at_step_0_is_ln_2_to_the_last_bit(dtype, label_smoothing):
     policy = sequence_logps(model, tokens, masked(tokens, 4))
     with torch.no_grad(), active_adapters(model, ["sft"]):
         reference = sequence_logps(model, tokens, masked(tokens, 4))
-    assert policy.dtype == torch.float32 and torch.equal(policy, reference)
+    assert policy.dtype == torch.float32
+    same(policy.detach(), reference)
     losses, *rewards = dpo_loss(*policy.split(2), *reference.split(2), 0.1, label_smoothing)
-    assert torch.equal(losses, torch.log(torch.tensor([2.0, 2.0])))
-    assert not rewards[0].any() and not rewards[1].any()
+    same(losses.detach(), torch.log(torch.tensor([2.0, 2.0])))
+    assert [reward.tolist() for reward in rewards] == [[0, 0], [0, 0]]
