@@ -3,32 +3,30 @@
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import fill_adapter, tiny_llama
 
-from dpo_minimal import forum
-from dpo_minimal.data import (
-    EncodedPair,
-    PreferencePair,
-)
-from dpo_minimal.evaluate import (
+import train
+from dpo_minimal import forum, reference
+from dpo_minimal.batches import pair_batch
+from dpo_minimal.data import EncodedPair, PreferencePair
+from dpo_minimal.evaluate import evaluate_pairs, kl_estimate, one_epoch, preference_metrics
+from dpo_minimal.extras.report import (
     compare,
     format_samples,
     format_summary,
     format_table,
     judge_answers,
-    kl_estimate,
     last_evaluation,
-    one_epoch,
-    pair_logps,
-    preference_metrics,
     vote_bound,
     win_rate,
 )
-from dpo_minimal.generate import sample
+from dpo_minimal.generate import sample, sample_answers
 from dpo_minimal.lora import active_adapters, add_adapter
+from dpo_minimal.reference import known_reference_logps, new_table, pair_logps, reference_logps
 
 GOAT = "What is a baby goat called?"
 RIGHT, WRONG = "A young goat is called a kid.", "A young goat is called a lamb."
@@ -72,17 +70,58 @@ def test_log_probs_of_pairs_are_in_the_pairs_order_whatever_the_batches_are():
     assert part.isnan().any(dim=1).tolist() == [i not in (2, 5) for i in range(9)]
 
 
-def test_the_reference_pass_has_no_dropout_and_leaves_mode_and_random_state():
-    model, pairs = two_adapters(dropout=0.5).train(), some_pairs()
+@pytest.mark.parametrize("training", [True, False])
+def test_the_reference_pass_has_no_dropout_and_leaves_mode_and_random_state(training):
+    model, pairs = two_adapters(dropout=0.5).train(training), some_pairs()
     state = torch.get_rng_state()
     first, again = (pair_logps(model, pairs, [list(range(9))], "cpu") for _ in range(2))
     assert torch.equal(first, again)
-    assert torch.equal(torch.get_rng_state(), state) and model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {module.training for module in model.modules()} == {training}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_sampling_has_no_dropout_and_leaves_the_mode(tokenizer, training):
+    model = two_adapters(dropout=0.5, vocab_size=420, max_position_embeddings=64).train(training)
+    first, again = (
+        sample_answers(model, tokenizer, ["Who?", "What?"], 12, temperature=0) for _ in range(2)
+    )
+    assert first == again
+    assert {module.training for module in model.modules()} == {training}
+
+
+def test_the_reference_is_the_model_with_its_last_adapter_switched_off():
+    model, pairs = two_adapters(), some_pairs()
+    batch = pair_batch(pairs, [4, 0, 7], "cpu")
+    logps = reference_logps(model, batch)
+    with active_adapters(model, ["sft"]):
+        expected = [
+            [log_prob(model, p.prompt, a) for a in (p.chosen, p.rejected)]
+            for p in (pairs[i] for i in batch.indices)
+        ]
+    torch.testing.assert_close(logps, torch.tensor(expected), rtol=0, atol=1e-4)
+    policy = pair_logps(model, pairs, [batch.indices], "cpu")[batch.indices]
+    assert (logps - policy).abs().min() > 1e-3  # `dpo` acts again, and does something
+
+
+def test_a_table_is_read_where_it_is_known_and_filled_where_not():
+    model, pairs = two_adapters(), some_pairs()
+    table = new_table(len(pairs))
+    assert table.isnan().tolist() == [[True, True]] * 9 and table.dtype == torch.float32
+    batch = pair_batch(pairs, [4, 0], "cpu")
+    read = known_reference_logps(model, batch, table)
+    assert torch.equal(read, reference_logps(model, batch))
+    assert table.isnan().any(dim=1).tolist() == [i not in (0, 4) for i in range(9)]
+    assert torch.equal(table[[4, 0]], read)
+    table[[4, 0]] = torch.tensor([[1.0, 2.0], [3.0, 4.0]])  # whatever it holds is taken
+    assert known_reference_logps(model, batch, table).tolist() == [[1, 2], [3, 4]]
 
 
 def test_an_epoch_holds_every_pair_once():
     pairs = some_pairs(10)
     assert sorted(i for batch in one_epoch(pairs, 4) for i in batch) == list(range(10))
+    assert [len(batch) for batch in one_epoch(pairs, 10)] == [10]
+    assert one_epoch(pairs, 1, seed=0) != one_epoch(pairs, 1, seed=1)
 
 
 def test_metrics_of_pairs_by_hand():
@@ -95,6 +134,36 @@ def test_metrics_of_pairs_by_hand():
     expected |= {"rewards/margins": 0, "rewards/accuracies": 0.5, "rewards/ties": 0}
     expected |= {"logps/chosen": (-9 - 30) / 2, "logps/rejected": (-21 - 38) / 2}
     assert metrics == pytest.approx(expected, abs=1e-6)
+
+
+def test_held_out_pairs_are_measured_against_a_reference_that_is_computed_once(monkeypatch):
+    model, pairs = two_adapters(dropout=0.5).train(), some_pairs()
+    log_pi = [[log_prob(model.eval(), p.prompt, a) for a in (p.chosen, p.rejected)] for p in pairs]
+    with active_adapters(model, ["sft"]):
+        log_ref = [[log_prob(model, p.prompt, a) for a in (p.chosen, p.rejected)] for p in pairs]
+    model.train()
+    h = torch.tensor(log_pi) - torch.tensor(log_ref)
+    margins = 0.5 * (h[:, 0] - h[:, 1])
+    flipped = torch.nn.functional.softplus(margins)  # -log sigmoid(-margin)
+    losses = 0.9 * torch.nn.functional.softplus(-margins) + 0.1 * flipped
+    computed, right = [], reference.reference_logps
+
+    def count(model, batch):
+        computed.extend(batch.indices)
+        return right(model, batch)
+
+    monkeypatch.setattr(reference, "reference_logps", count)
+    table = new_table(len(pairs))
+    arguments = dict(pairs=pairs, order=one_epoch(pairs, 4), ref_table=table, device="cpu")
+    arguments |= dict(beta=0.5, label_smoothing=0.1, kind="sigmoid")
+    metrics = evaluate_pairs(model, **arguments)
+    assert metrics["loss"] == pytest.approx(losses.mean().item(), abs=1e-4)
+    assert metrics["rewards/margins"] == pytest.approx(margins.mean().item(), abs=1e-4)
+    assert metrics["rewards/accuracies"] == pytest.approx((margins > 0).float().mean().item())
+    torch.testing.assert_close(table, torch.tensor(log_ref), rtol=0, atol=1e-4)
+    assert sorted(computed) == list(range(9)) and model.training
+    assert evaluate_pairs(model, **arguments) == metrics
+    assert len(computed) == 9
 
 
 # KL.
@@ -179,18 +248,41 @@ def test_the_bound_is_what_the_truth_gets_on_the_forums_own_votes():
 def test_base_sft_and_dpo_are_asked_with_their_own_adapters(tokenizer):
     model = two_adapters(vocab_size=420, max_position_embeddings=64)
     questions = list(forum.QUESTIONS)[:10]
-    table, greedy = compare(model, tokenizer, questions, "cpu", 4, 0, True, lambda text: None)
+    usual = dict(device="cpu", max_new_tokens=4, seed=0, log=lambda text: None)
+    table, greedy = compare(model, tokenizer, questions, judged=True, **usual)
     assert table.keys() == greedy.keys() == {"base", "SFT", "DPO"}
     assert len(greedy["base"]) == 8 and len({tuple(texts) for texts in greedy.values()}) == 3
     assert table["SFT"]["kl_to_sft"] == 0 != table["base"]["kl_to_sft"]
     # random models talk nonsense: neither right nor wrong, and at most 3 off for it
-    assert all(-5 <= row["true_score"] <= -1 for row in table.values())
+    scores = [row["true_score"] for row in table.values()]
+    assert min(scores) >= -5 and max(scores) <= -1
     assert "win_rate_against_sft" in table["DPO"] and "win_rate_against_sft" not in table["SFT"]
-    unjudged, _ = compare(model, tokenizer, ["Who?"], "cpu", 4, 0, False, lambda text: None)
+    unjudged, _ = compare(model, tokenizer, ["Who?"], judged=False, **usual)
     assert unjudged["DPO"].keys() == {"kl_to_sft"}
 
 
-def test_the_table_has_a_row_a_model_and_a_dash_for_what_is_unknown():
+class Asked(Exception):
+    """Ends an evaluation when its questions are known."""
+
+
+@pytest.mark.parametrize(("on_forum", "most"), [(True, 120), (False, 16)])
+def test_a_question_of_several_held_out_pairs_is_asked_once(monkeypatch, on_forum, most):
+    def stop(model, tokenizer, questions, **settings):
+        raise Asked(questions)
+
+    monkeypatch.setattr(train, "compare", stop)
+    run = SimpleNamespace(on_forum=on_forum, device="cpu", args=SimpleNamespace(seed=0))
+    held_out = [PreferencePair(f"q{i % 130}", f"yes {i}", "no") for i in range(390)]
+    for pairs, expected in (
+        (held_out, [f"q{i}" for i in range(most)]),
+        ([held_out[i] for i in (7, 3, 133, 137, 2)], ["q7", "q3", "q2"]),
+    ):
+        with pytest.raises(Asked) as caught:
+            train.evaluate(run, None, None, pairs)
+        assert caught.value.args[0] == expected
+
+
+def test_the_table_has_one_row_per_model_and_a_dash_for_what_is_unknown():
     table = {"SFT": {"true_score": -0.5, "kl_to_sft": 0.0}}
     table["DPO"] = {"true_score": 1.25, "kl_to_sft": 3.0, "win_rate_against_sft": 0.75}
     assert format_table(table).splitlines() == [

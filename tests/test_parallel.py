@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_minimal import forum, parallel
-from dpo_minimal.files import open_safetensors
+from dpo_minimal import forum
+from dpo_minimal.extras import parallel
+from dpo_minimal.formats.safetensors import open_safetensors
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
