@@ -97,7 +97,7 @@ def embedding_backward(grad_y, saved):
 
 
 def linear_forward(x, weights, scales):  # [..., in] -> [..., out]; scales: {adapter: alpha / r}
-    y = x @ weights["weight"].T  # W [out, in], one token a row
+    y = x @ weights["weight"].T  # W [out, in], one token per row
     for name, s in scales.items():
         A, B = (weights[f"adapters.{name}.lora_{letter}"] for letter in "AB")  # [r, in], [out, r]
         y = y + s * (x @ A.T) @ B.T
@@ -140,7 +140,7 @@ def rotary_angles(config, T):
     """position times frequency, [T, K/2]; Llama 3 slows down the planes that turn slowly."""
     frequencies = []
     for i in range(config.head_dim // 2):
-        f = config.rope_theta ** (-2 * i / config.head_dim)  # radians a position
+        f = config.rope_theta ** (-2 * i / config.head_dim)  # radians per position
         scaling = config.rope_scaling
         if scaling is not None:
             low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
