@@ -29,7 +29,7 @@ from step import (
 
 from dpo_minimal.llama import rotary_table
 from dpo_minimal.loss import CHUNK, chunk_logps
-from dpo_minimal.nf4 import NF4Linear, dequantize_nf4
+from dpo_minimal.nf4 import NF4Linear, dequantize_nf4, keep_weights
 
 
 def measure_in_two_processes(args) -> dict:
@@ -110,7 +110,9 @@ def saved_bytes(model, batch, args) -> dict[str, int]:
     loss.backward()
     x = model.model.embed_tokens(batch.tokens).requires_grad_()
     tables = rotary_table(model.config, batch.positions, torch.float32)
-    # The input of the recomputed block is a checkpoint, so it is counted there and not here.
+    # The input of the recomputed block is a checkpoint, so it is counted there and not here. Its
+    # dequantized weights are counted in tensor_bytes.
+    keep_weights(model, False)
     with counted([*own, x, *tables]) as block:
         kept = model.model.layers[-1](x, *tables, batch.mask)
     last_chunk = (int(batch.loss_mask.sum()) - 1) % CHUNK + 1

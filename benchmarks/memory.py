@@ -15,8 +15,9 @@ from models import SHAPES
 from record import save
 from step import make_batch, read_arguments, step_parser
 
-from dpo_minimal.checkpoint import read_config
+from dpo_minimal.formats.huggingface import read_config
 from dpo_minimal.llama import Llama, LlamaConfig
+from dpo_minimal.lora import linear_layers
 from dpo_minimal.loss import CHUNK
 
 
@@ -24,8 +25,7 @@ def predict(config: LlamaConfig, args) -> dict[str, int]:
     """Bytes of each component."""
     with torch.device("meta"):
         model = Llama(config)
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    del layers["lm_head"]
+    layers = linear_layers(model)
     adapted = [layer for name, layer in layers.items() if is_target(name, args)]
     trained = sum(args.r * (layer.in_features + layer.out_features) for layer in adapted)
     sizes = [layer.weight.numel() for layer in layers.values()]

@@ -15,8 +15,8 @@ from record import script_parser
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # dpo_minimal, installed or not
 
-from dpo_minimal.checkpoint import config_json, write_shards
 from dpo_minimal.files import whole_folder, write_json
+from dpo_minimal.formats.huggingface import config_json, write_shards
 from dpo_minimal.llama import Llama, LlamaConfig
 
 SHAPES = {

@@ -4,28 +4,39 @@ import time
 from functools import partial
 
 import torch
+from record import read_log
 from same_task import BETA, LORA, make_settings, start_adapter
 from step import peak_memory, reset_peak
 
 from dpo_minimal.batches import pair_batch
 from dpo_minimal.checkpoint import load_llama
-from dpo_minimal.evaluate import pair_logps
-from dpo_minimal.loop import Log, train
+from dpo_minimal.loop import Stage, train
 from dpo_minimal.lora import active_adapters, add_adapter
 from dpo_minimal.loss import dpo_loss, preference_logps, reward_metrics
+from dpo_minimal.nf4 import keep_weights
+from dpo_minimal.reference import pair_logps
 
 
-class Clock(Log):
-    """The log of the training loop, which also notes the time after each step."""
+class TimedOrder:
+    """The order of a `Stage`: the given batches, once. Notes the time when each is asked for."""
 
-    def rewind(self, step):
-        super().rewind(step)
-        self.times, self.losses = [], []
+    def __init__(self, given: list[list[int]]):
+        self.given, self.times = given, []
 
-    def write(self, step, prefix="", **metrics):
-        super().write(step, prefix, **metrics)
-        self.times.append((time.perf_counter(), time.process_time()))
-        self.losses.append(metrics["loss"])
+    def num_batches(self, batch_size: int) -> int:
+        """How many batches there are."""
+        return len(self.given)
+
+    def batches(self, batch_size: int, place):
+        """Yield (indices of a batch, place)."""
+        for indices in self.given:
+            self.times.append(now())
+            yield indices, place
+
+
+def now() -> tuple[float, float]:
+    """Wall-clock time and CPU time, in seconds."""
+    return time.perf_counter(), time.process_time()
 
 
 def run_ours(folder, pairs, order, args, scratch) -> dict:
@@ -36,6 +47,8 @@ def run_ours(folder, pairs, order, args, scratch) -> dict:
     start_adapter(model)
     load_peak = peak_memory(args.device)
     reset_peak(args.device)
+    model.gradient_checkpointing = args.gradient_checkpointing
+    keep_weights(model, args.gradient_checkpointing)
     if args.side == "ours-compile":
         for block in model.model.layers:
             block.compile()
@@ -44,15 +57,15 @@ def run_ours(folder, pairs, order, args, scratch) -> dict:
         started = time.perf_counter()
         reference = pair_logps(model, pairs, order, args.device)  # on the CPU, so all is done
     reference_seconds = time.perf_counter() - started
-    model.gradient_checkpointing = args.gradient_checkpointing
-    settings = make_settings(args)
-    steps = args.warmup + args.steps
-    clock = Clock(scratch / "metrics.jsonl", "dpo", steps)
+    timed = TimedOrder(order)
     collate = partial(pair_batch, pairs, device=args.device)
-    state = scratch / "state.pt"
-    train(model, our_objective(reference), iter(order), collate, steps, settings, clock, state)
+    stage = Stage("dpo", our_objective(reference), timed, collate)
+    train(model, stage, make_settings(args), scratch)
+    # A step ends where the next one asks for its first batch, and the last one ends here.
+    times = [*timed.times[args.grad_accum :: args.grad_accum], now()]
+    losses = [row["loss"] for row in read_log(scratch / "metrics.jsonl")["dpo"][0]]
     return {
-        **{"times": clock.times, "losses": clock.losses, "reference_seconds": reference_seconds},
+        **{"times": times, "losses": losses, "reference_seconds": reference_seconds},
         **{"memory_before_gb": memory_before / 1e9, "load_peak_gb": load_peak / 1e9},
     }
 
@@ -61,9 +74,17 @@ def our_objective(reference):
     """The objective of the DPO stage of train.py."""
 
     def objective(model, batch):
-        policy = preference_logps(model, batch)  # chosen [B], rejected [B]
-        ref = reference[batch.indices].to(policy[0]).T  # [2, B]
-        losses, chosen, rejected = dpo_loss(*policy, *ref, beta=BETA)
-        return losses, reward_metrics(*policy, chosen, rejected)
+        policy_chosen_logps, policy_rejected_logps = preference_logps(model, batch)  # [B] each
+        ref_chosen_logps, ref_rejected_logps = reference[batch.indices].to(policy_chosen_logps).T
+        losses, chosen_rewards, rejected_rewards = dpo_loss(
+            policy_chosen_logps,
+            policy_rejected_logps,
+            ref_chosen_logps,
+            ref_rejected_logps,
+            beta=BETA,
+        )
+        return losses, reward_metrics(
+            policy_chosen_logps, policy_rejected_logps, chosen_rewards, rejected_rewards
+        )
 
     return objective

@@ -4,9 +4,9 @@ import random
 
 import torch
 
-from dpo_minimal.checkpoint import read_config
 from dpo_minimal.data import EncodedPair, encode_pairs, load_pairs
 from dpo_minimal.evaluate import one_epoch
+from dpo_minimal.formats.huggingface import read_config
 from dpo_minimal.loop import Settings
 from dpo_minimal.tokenizer import load_tokenizer
 

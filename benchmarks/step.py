@@ -26,6 +26,7 @@ from dpo_minimal.checkpoint import load_llama
 from dpo_minimal.data import EncodedPair
 from dpo_minimal.lora import add_adapter
 from dpo_minimal.loss import dpo_loss, preference_logps
+from dpo_minimal.nf4 import keep_weights
 
 
 def step_parser(description: str, **defaults) -> argparse.ArgumentParser:
@@ -81,9 +82,11 @@ def build_model(args):
     """The model as DPO trains it: an NF4 base, a frozen adapter `sft`, a trainable one `dpo`."""
     folder = model_folder(args.model, args.scratch)
     model = load_llama(folder, args.device, getattr(torch, args.dtype))
+    lora = dict(r=args.r, alpha=2 * args.r, dropout=args.dropout, targets=args.targets)
     for name in ("sft", "dpo"):
-        add_adapter(model, name, args.r, 2 * args.r, args.dropout, args.targets)
+        add_adapter(model, name, **lora)
     model.gradient_checkpointing = args.gradient_checkpointing
+    keep_weights(model, args.gradient_checkpointing)
     return model.train()
 
 
@@ -101,8 +104,15 @@ def make_batch(args, vocab_size: int, device=None):
 
 def dpo_losses(model, batch) -> torch.Tensor:
     """The loss of each pair, [pairs], against a made-up reference."""
-    chosen, rejected = preference_logps(model, batch)
-    return dpo_loss(chosen, rejected, chosen.detach(), rejected.detach(), beta=0.1)[0]
+    policy_chosen_logps, policy_rejected_logps = preference_logps(model, batch)
+    losses, _, _ = dpo_loss(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        ref_chosen_logps=policy_chosen_logps.detach(),
+        ref_rejected_logps=policy_rejected_logps.detach(),
+        beta=0.1,
+    )
+    return losses
 
 
 def make_step(model, batch):
