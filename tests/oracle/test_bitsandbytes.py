@@ -12,6 +12,7 @@ Version 0.50.2 on a CPU has four peculiarities, each bounded or stepped around h
 import copy
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -27,6 +28,8 @@ from dpo_minimal.nf4 import (
 )
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason=NO_ORACLE)
+
+same = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(64, 64), (384, 512), (48, 80), (3, 64, 20), (1000,), (1, 1), (7, 9), (1, 65), (129, 127)]
@@ -70,19 +73,19 @@ def assert_all_bits_agree(weight, block_size=64):
     ours = quantize_nf4(weight, block_size, double_quant=False)
     n = weight.numel()
     assert len(ours.packed) == packed.numel() == (n + 1) // 2
-    assert torch.equal(nibbles(ours.packed, n), nibbles(packed, n))
-    assert torch.equal(ours.absmax, state.absmax)
+    same(nibbles(ours.packed, n), nibbles(packed, n))
+    same(ours.absmax, state.absmax)
     found, expected = dequantize_nf4(ours), dequantize_by_bitsandbytes(packed, state)
     assert found.dtype == expected.dtype == weight.dtype
-    assert torch.equal(found, expected)
+    same(found, expected)
 
 
 # The two codes.
 
 
 def test_both_tables_are_those_of_bitsandbytes_bit_for_bit():
-    assert torch.equal(NF4_CODE, bitsandbytes.functional.get_4bit_type("nf4", device="cpu"))
-    assert torch.equal(DYNAMIC_CODE, bitsandbytes.functional.create_dynamic_map())
+    same(NF4_CODE, bitsandbytes.functional.get_4bit_type("nf4", device="cpu"))
+    same(DYNAMIC_CODE, bitsandbytes.functional.create_dynamic_map())
 
 
 # Blocks of 64.
@@ -111,11 +114,14 @@ def test_the_16_codes_and_the_midpoints_between_them_agree_bit_for_bit():
     assert_all_bits_agree(torch.stack((block, -block, 0.37 * block, block.flip(0))))
 
 
+RECIPROCAL = ("0x1.e8f0fep-4", "-0x1.d4f74ep+0")  # as in tests/test_nf4.py
 EXTREMES = {
     "a zero block": gaussian(4, 64) * torch.tensor([1, 0, 1, 1])[:, None],
     "all zero": torch.zeros(4, 64),
     "constant": torch.full((4, 64), 0.3),
     "constant and negative": torch.full((4, 64), -0.3),
+    # In ours, 8 and 1 by the reciprocal of 3; a division would make them 7 and 2.
+    "rounded by a reciprocal": torch.tensor([3, *map(float.fromhex, RECIPROCAL), *[0.0] * 61]),
     "one outlier": torch.cat((torch.tensor([1e6]), gaussian(63, scale=1))),
     "every magnitude": gaussian(64, 64) * 10.0 ** torch.arange(-32, 32)[:, None],
     "near the smallest normal": gaussian(8, 64, scale=1e-37),
@@ -137,9 +143,9 @@ def test_a_zero_block_that_is_not_full_gives_zeros_in_both():
     weight = torch.cat((gaussian(64), torch.zeros(10)))
     packed, state = quantize_by_bitsandbytes(weight)
     ours = quantize_nf4(weight, double_quant=False)
-    assert torch.equal(ours.packed, packed.flatten())
+    same(ours.packed, packed.flatten())
     assert ours.absmax[1] == 0 and 0 <= state.absmax[1] <= 1.1e-38  # theirs is clamped here
-    assert torch.equal(dequantize_nf4(ours)[64:], torch.zeros(10))
+    same(dequantize_nf4(ours)[64:], torch.zeros(10))
     assert not dequantize_by_bitsandbytes(packed, state)[64:].any()
 
 
@@ -147,7 +153,7 @@ def test_only_the_pad_of_an_odd_last_nibble_differs():
     weight = gaussian(7, 9)
     packed, _ = quantize_by_bitsandbytes(weight)
     ours = quantize_nf4(weight, double_quant=False)
-    assert torch.equal(ours.packed[:-1], packed.flatten()[:-1])
+    same(ours.packed[:-1], packed.flatten()[:-1])
     assert ours.packed[-1] >> 4 == packed[-1] >> 4
     assert (ours.packed[-1] & 15, packed[-1] & 15) == (0, 7)
 
@@ -168,13 +174,13 @@ def test_scales_and_offset_of_double_quantization_agree_bit_for_bit(shape, dtype
     weight = gaussian(*shape, dtype=dtype)
     packed, state = quantize_by_bitsandbytes(weight, double_quant=True)
     theirs, ours = nf4_from_bitsandbytes(packed, state), quantize_nf4(weight)
-    assert torch.equal(ours.absmax_scale, theirs.absmax_scale)
-    assert torch.equal(ours.absmax_offset, theirs.absmax_offset)
+    same(ours.absmax_scale, theirs.absmax_scale)
+    same(ours.absmax_offset, theirs.absmax_offset)
     different = (ours.absmax_codes != theirs.absmax_codes).sum()
     assert different <= 1 + 0.01 * len(ours.absmax_codes)
     # Given the same codes, all that follows is the same to the last bit.
-    same = replace(ours, absmax_codes=theirs.absmax_codes)
-    assert torch.equal(dequantize_nf4(same), dequantize_by_bitsandbytes(packed, state))
+    ours_with_their_codes = replace(ours, absmax_codes=theirs.absmax_codes)
+    same(dequantize_nf4(ours_with_their_codes), dequantize_by_bitsandbytes(packed, state))
 
 
 def test_a_layer_with_one_block_needs_no_code():
@@ -182,8 +188,9 @@ def test_a_layer_with_one_block_needs_no_code():
     for weight in (gaussian(7, 9), torch.full((1, 1), -0.7), torch.zeros(4, 64)):
         packed, state = quantize_by_bitsandbytes(weight, double_quant=True)
         ours = quantize_nf4(weight)
-        assert not ours.absmax_scale and torch.equal(ours.absmax_scale, state.state2.absmax)
-        assert torch.equal(dequantize_nf4(ours), dequantize_by_bitsandbytes(packed, state))
+        assert not ours.absmax_scale
+        same(ours.absmax_scale, state.state2.absmax)
+        same(dequantize_nf4(ours), dequantize_by_bitsandbytes(packed, state))
 
 
 def test_8_bit_codes_differ_in_half_a_percent_at_most_and_ours_are_the_nearest():
@@ -210,15 +217,15 @@ def test_the_path_of_bitsandbytes_without_its_table_gives_all_our_8_bit_codes():
     centred = quantize_nf4(weight, double_quant=False).absmax - ours.absmax_offset
     # float64 has no kernel of its own there: every code is compared, as on a GPU.
     codes, scale = torch.ops.bitsandbytes.quantize_blockwise(centred.double(), DYNAMIC_CODE, 256)
-    assert torch.equal(ours.absmax_scale, scale)
-    assert torch.equal(ours.absmax_codes, codes)
+    same(ours.absmax_scale, scale)
+    same(ours.absmax_codes, codes)
 
 
 def test_the_absmax_comes_back_as_bitsandbytes_brings_it_back():
     weight = gaussian(300, 500)
     packed, state = quantize_by_bitsandbytes(weight, double_quant=True)
     theirs = bitsandbytes.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
-    assert torch.equal(dequantize_absmax(nf4_from_bitsandbytes(packed, state)), theirs)
+    same(dequantize_absmax(nf4_from_bitsandbytes(packed, state)), theirs)
 
 
 # The layer.

@@ -1,4 +1,4 @@
-"""Token ids against transformers' tokenizers, on the real Llama 2 model file and on SmolLM2's."""
+"""Token ids against transformers' tokenizers: Llama 2's real model file, SmolLM2's, one of ours."""
 
 import json
 import shutil
@@ -8,6 +8,7 @@ import pytest
 from helpers import real_input
 from oracles import NO_ORACLE, smollm2_folder
 
+from dpo_minimal import forum
 from dpo_minimal.data import encode_example
 from dpo_minimal.tokenizer import load_tokenizer
 
@@ -106,6 +107,20 @@ def test_prompt_and_answer_of_real_pairs_join_as_in_transformers(llama2_folder, 
         text = f"Question: Why?\n\nAnswer: {answer}"
         assert prompt == [1, *theirs.encode("Question: Why?\n\nAnswer:").ids]
         assert prompt + scored == [1, *theirs.encode(text).ids, 2]
+
+
+def test_auto_tokenizer_gives_our_ids_for_a_tokenizer_made_here(tokenizer_file, tokenizer):
+    # train_tokenizer wrote the folder. Called as users call it, theirs puts a BOS in front and no
+    # EOS behind: a prompt with an EOS would already be at its end.
+    theirs = transformers.AutoTokenizer.from_pretrained(tokenizer_file.parent)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
+    assert len(theirs) == tokenizer.vocab_size == 420
+    threads = [row["text"] for row in forum.make_forum(0)["pretrain"][300:600]]  # not learned from
+    plain = [text for text in TEXTS if "  " not in text and not text.startswith(" ")]
+    expected = partial(tokenizer.encode, bos=True)
+    assert_same_ids(plain + threads, lambda text: theirs(text).input_ids, expected)
+    for text in plain + threads:
+        assert theirs.decode(theirs(text).input_ids, skip_special_tokens=True) == text
 
 
 def test_smollm2_ids_are_those_of_auto_tokenizer(real_texts):

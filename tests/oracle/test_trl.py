@@ -1,17 +1,18 @@
 """DPO training against TRL's DPOTrainer: 20 steps from the same weights over the same pairs.
 
-Ours runs as train.py drives it: reference log-probabilities first, then `loop.train`. TRL runs its
-own trainer, over PEFT and, where quantized, bitsandbytes. What is brought to one convention, all of
-it below: TRL's order is not shuffled; its learning rates are our schedule (its own starts at 0);
-its QLoRA adapters are float32 again, where it makes them bfloat16; for IPO our log-ratios are
-divided by the answers' lengths, as TRL does (`dpo_loss` itself takes sums, as the paper's formula
-reads); ours takes the initial adapter from PEFT and, where quantized, the weights of bitsandbytes.
+Ours runs as train.py drives it: `loop.train`, with a table of the reference's log-probabilities.
+TRL runs its own trainer, over PEFT and, where quantized, bitsandbytes. What is brought to one
+convention, all of it below: neither order is shuffled; TRL's learning rates are our schedule (its
+own starts at 0); its QLoRA adapters are float32 again, where it makes them bfloat16; for IPO our
+log-ratios are divided by the answers' lengths, as TRL does (`dpo_loss` itself takes sums, as the
+paper's formula reads); ours takes the initial adapter from PEFT and, where quantized, the weights
+of bitsandbytes.
 """
 
-import itertools
 import json
 import math
 import random
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -29,11 +30,11 @@ from oracles import (
 from dpo_minimal.batches import pair_batch
 from dpo_minimal.checkpoint import load_llama
 from dpo_minimal.data import EncodedPair, PreferencePair, encode_pair
-from dpo_minimal.evaluate import pair_logps
-from dpo_minimal.loop import Log, Settings, learning_rate, train
-from dpo_minimal.lora import active_adapters, add_adapter, lora_layers
+from dpo_minimal.loop import Settings, Stage, learning_rate, train
+from dpo_minimal.lora import add_adapter, lora_layers
 from dpo_minimal.loss import dpo_loss, preference_logps, reward_metrics
 from dpo_minimal.nf4 import NF4Linear
+from dpo_minimal.reference import known_reference_logps, new_table
 from dpo_minimal.tokenizer import load_tokenizer
 
 transformers = pytest.importorskip("transformers", reason=NO_ORACLE)
@@ -45,7 +46,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # theirs, abou
 
 STEPS = 20
 CLOSE = 1e-5  # roundings of 6e-8, carried through 20 steps of Adam
-SETTINGS = Settings(learning_rate=2e-3, batch_size=4, warmup_steps=4)
+SETTINGS = Settings(learning_rate=2e-3, batch_size=4, epochs=STEPS, max_steps=STEPS, warmup_steps=4)
 COMPARED = [
     *("loss", "grad_norm", "learning_rate", "num_tokens", "logps/chosen", "logps/rejected"),
     *("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
@@ -143,14 +144,18 @@ def trl_trainer(folder, pairs, kind, beta, quantize, grad_accum, out):
 
 
 def our_model(folder, trainer, quantize):
-    """The folder's model in ours, with the NF4 weights and the initial adapter of the trainer."""
+    """The folder's model in ours, with the NF4 weights and the initial adapter of the trainer.
+
+    Its adapter `sft` is a new one, so that the reference, base + sft, is the base.
+    """
     model = load_llama(folder, quantize="nf4" if quantize else None)
     for path, layer in list(model.named_modules()):
         if isinstance(layer, NF4Linear):
             weight = trainer.model.base_model.model.get_submodule(path).base_layer.weight
             quantized = nf4_from_bitsandbytes(weight.data, weight.quant_state)
-            assert torch.equal(layer.packed, quantized.packed)
+            torch.testing.assert_close(layer.packed, quantized.packed)
             model.set_submodule(path, NF4Linear(quantized))
+    add_adapter(model, "sft", r=1)
     add_adapter(model, "dpo", r=4, alpha=8, targets="all")
     for path, layer in lora_layers(model).items():
         theirs = trainer.model.base_model.model.get_submodule(path)
@@ -159,16 +164,28 @@ def our_model(folder, trainer, quantize):
     return model
 
 
+class InTurn:
+    """An order without a shuffle, as TRL's is here: each epoch sees the n pairs one by one."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def num_batches(self, batch_size):
+        return self.n // batch_size
+
+    def batches(self, batch_size, place):
+        while True:
+            for at in range(0, self.n, batch_size):
+                yield list(range(at, at + batch_size)), place
+
+
 def train_ours(model, pairs, kind, beta, grad_accum, out):
     """The DPO stage of train.py, and the rows of its metrics.jsonl."""
-    size = SETTINGS.batch_size // grad_accum
-    order = [list(range(at, at + size)) for at in range(0, len(pairs), size)]
-    with active_adapters(model, []):
-        reference = pair_logps(model, pairs, order, "cpu")  # [n, 2]
+    table = new_table(len(pairs))
 
     def objective(model, batch):
         policy = torch.stack(preference_logps(model, batch))  # [2, B]
-        ref = reference[batch.indices].T  # [2, B]
+        ref = known_reference_logps(model, batch, table).T  # [2, B]
         losses, chosen, rejected = dpo_loss(*policy, *ref, beta=beta, kind=kind)
         if kind == "ipo":  # of means over the answers' tokens, as TRL has it
             rejected_tokens = batch.rejected.sum(dim=1)
@@ -177,10 +194,10 @@ def train_ours(model, pairs, kind, beta, grad_accum, out):
         return losses, reward_metrics(*policy, chosen, rejected)
 
     collate = partial(pair_batch, pairs, device="cpu")
-    settings = Settings(**vars(SETTINGS) | {"batch_size": size, "grad_accum": grad_accum})
-    log = Log(out / "metrics.jsonl", "dpo", STEPS)
-    state = out / "state.pt"
-    train(model, objective, itertools.cycle(order), collate, STEPS, settings, log, state)
+    stage = Stage("dpo", objective, InTurn(len(pairs)), collate, tables={"training": table})
+    size = SETTINGS.batch_size // grad_accum
+    settings = replace(SETTINGS, batch_size=size, grad_accum=grad_accum)
+    train(model, stage, settings, out)
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
