@@ -1,9 +1,9 @@
 """More than one process, each with a GPU of its own: torchrun --nproc-per-node 2 train.py ...
 
-Every process holds the whole model and takes its share of each batch. The base is frozen, so all
-that travels are the adapters' gradients: they are added up, and the same optimizer step everywhere
-keeps the adapters equal. The losses are divided by what all processes score together: the result
-is that of one process to rounding, whatever their number (dropout aside). Process 0 alone writes.
+Every process holds the whole model and takes its share of each batch. The base is frozen, so only
+the adapters' gradients travel: they are added up, and the same optimizer step in every process keeps
+the adapters equal. Losses are divided by what all processes score together, so that the result is
+that of one process up to rounding, however many there are (without dropout). Only process 0 writes.
 Without torchrun there is one process, and nothing here does anything.
 """
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 
 def start(device: str) -> str:
-    """Join the other processes, if torchrun started some; returns this one's device."""
+    """Join the other processes, if torchrun started some; returns the device of this one."""
     if "LOCAL_RANK" not in os.environ:
         return device
     if device == "cuda":
@@ -26,7 +26,7 @@ def start(device: str) -> str:
 
 
 def processes() -> int:
-    """How many there are."""
+    """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -36,29 +36,29 @@ def first() -> bool:
 
 
 def wait():
-    """Go on when every process has come here: before reading what process 0 writes."""
+    """Wait until every process is here; for use before reading what process 0 has written."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def leave():
-    """End what the processes do together: process 0 goes on alone, the others end here."""
+    """End the work in several processes: process 0 goes on alone, the others end here."""
     if not dist.is_initialized():
         return
     alone = first()
     dist.destroy_process_group()
     if not alone:
-        # At once: in an orderly end gloo's threads, if still at work, make the process abort.
+        # At once, because gloo's threads may still be at work and abort a process that ends slowly.
         os._exit(0)
 
 
 def share(rows: list) -> list:
-    """This process's part of a batch. Neighbours, equally long, go to different processes."""
+    """This process's part of a batch. Neighbours are about equally long and go to different ones."""
     return rows[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else rows
 
 
 def total(value):
-    """A number, or a dict of numbers, added up over all processes."""
+    """A number, or each number of a dict, added up over all processes."""
     if not dist.is_initialized():
         return value
     parts = [None] * processes()

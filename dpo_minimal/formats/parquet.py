@@ -1,10 +1,10 @@
-"""Rows of a parquet file, the form in which the hub serves stack-exchange-paired."""
+"""Rows of a parquet file: the hub serves stack-exchange-paired in this form."""
 
 from dpo_minimal import InputError
 
 
 def read_parquet(path):
-    """Yield (place, row dict) of a parquet file, a batch in memory at a time."""
+    """Yield (place, row dict) of a parquet file, with one batch of rows in memory at a time."""
     try:
         import pyarrow
         import pyarrow.parquet

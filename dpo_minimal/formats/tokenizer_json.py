@@ -1,4 +1,4 @@
-"""Foreign tokenizers: a Hugging Face `tokenizer.json` behind the interface of `Tokenizer`."""
+"""A Hugging Face `tokenizer.json`, behind the interface of `tokenizer.Tokenizer`."""
 
 import json
 from pathlib import Path
@@ -13,15 +13,14 @@ class JsonTokenizer:
         try:
             from tokenizers import Tokenizer
         except ImportError:
-            raise InputError(
-                f"{folder} has only a tokenizer.json: pip install tokenizers to read it"
-            ) from None
+            reason = "has only a tokenizer.json: pip install tokenizers to read it"
+            raise InputError(f"{folder} {reason}") from None
         folder = Path(folder)
         try:
             self.model = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the package raises plain Exception
             raise InputError(f"{folder / 'tokenizer.json'}: {error}") from None
-        # A text that spells <|im_end|> is text; only we place special tokens.
+        # If a text spells <|im_end|>, that is text; special tokens are placed by us only.
         self.model.encode_special_tokens = True
         self.bos_id = self.special_id(folder, "bos_token")
         self.eos_id = self.special_id(folder, "eos_token")
@@ -29,10 +28,11 @@ class JsonTokenizer:
 
     def special_id(self, folder: Path, name: str) -> int:
         """The id of `bos_token` or `eos_token`, a string or {"content": string} in the settings."""
-        path = folder / "tokenizer_config.json"
-        token = json.loads(path.read_text("utf-8")).get(name) if path.exists() else None
-        text = token["content"] if isinstance(token, dict) else token
-        number = self.model.token_to_id(text) if text else None
+        path, number = folder / "tokenizer_config.json", None
+        if path.exists():
+            token = json.loads(path.read_text("utf-8")).get(name)
+            text = token["content"] if isinstance(token, dict) else token
+            number = self.model.token_to_id(text) if text else None
         if number is None:
             raise InputError(f"{path}: no {name} that the tokenizer.json knows")
         return number
