@@ -5,7 +5,7 @@
 reference  full points for several seeds; nothing for the empty handout
 wrong      each plausible wrong solution loses its rungs and no others, and is told its mistake
 hostile    no submission gets a wrong point, ends the grader or touches anything outside
-handout    the visible tests pass on the reference and fail on the handout
+handout    the visible tests pass on the reference and fail on the handout; train.py runs there
 variants   full points for the reference of every variant
 """
 
@@ -131,6 +131,13 @@ def check_handout() -> int:
             full = subprocess.run(command, **quiet).stdout.splitlines()[-1]
             failures += "passed" in empty or "failed" in full
             print(f"handout of variant {number}: {empty}; with the solution: {full}")
+        # In the last one: the stages run whatever a variant asks for.
+        for stage in ("pretrain", "sft", "dpo"):
+            flags = ("--out", "run", "--stage", stage, "--max-steps", "2")
+            done = subprocess.run([sys.executable, "train.py", *flags], **quiet)
+            failures += done.returncode != 0
+            said = (done.stdout + done.stderr).splitlines()[-1]
+            print(f"train.py --stage {stage} there: status {done.returncode}; {said}")
     return failures
 
 

@@ -49,6 +49,7 @@ def rank_stabilized(self, in_features: int, out_features: int, r: int, alpha: fl
 
 @answers("dpo_minimal/loss.py", "sigmoid_loss", "robust")
 def robust_loss(delta, beta: float, label_smoothing: float):
+    """DPO; with label smoothing, robust DPO."""  # `train.py --help` reads this line
     e = label_smoothing
     losses = -(1 - e) * F.logsigmoid(beta * delta) + e * F.logsigmoid(-beta * delta)
     return losses / (1 - 2 * e)
