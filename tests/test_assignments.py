@@ -106,9 +106,39 @@ def test_an_empty_handout_scores_nothing_and_shows_no_answer(grader, tmp_path):
     make_handout.make(out, list(PROBLEMS), Variant())
     answers = make_handout.removed(list(PROBLEMS)).keys() | solved.own_statements(PROBLEMS)
     assert len(answers) > 100 and not make_handout.survivors(out, answers)
+    package = [p for p in (ROOT / "dpo_minimal").rglob("*") if p.is_file() and p.suffix != ".pyc"]
+    assert all((out / path.relative_to(ROOT)).exists() for path in package), "not the whole package"
     rows = grader.grade(out)
     assert sum(row["score"] for row in rows) == 0
     assert {row["output"] for row in rows} == {"Not written yet."}
+
+
+def test_what_is_cut_as_optional_need_not_be_written(grader, tmp_path):
+    files = solved.solution(Variant())
+    stub = "raise NotImplementedError()"
+    helpers = {"dpo_minimal/loss.py": ("sigmoid_loss", "ipo_loss", "hinge_loss")}
+    for problem in PROBLEMS:
+        helpers |= {path: names for path, names in problem.helpers.items() if path in files}
+    for path, names in helpers.items():
+        files[path] = source.replace_bodies(files[path], dict.fromkeys(names, stub))
+    whole = """
+delta = (policy_chosen_logps - ref_chosen_logps) - (policy_rejected_logps - ref_rejected_logps)
+if kind not in LOSSES or (label_smoothing and kind != "sigmoid"):
+    raise ValueError(kind)
+losses = -F.logsigmoid(beta * delta) * (1 - label_smoothing)
+losses = losses - F.logsigmoid(-beta * delta) * label_smoothing
+if kind == "ipo":
+    losses = (delta - 1 / (2 * beta)) ** 2
+if kind == "hinge":
+    losses = torch.relu(1 - beta * delta)
+chosen_rewards = beta * (policy_chosen_logps - ref_chosen_logps).detach()
+return losses, chosen_rewards, beta * (policy_rejected_logps - ref_rejected_logps).detach()
+"""
+    loss = "dpo_minimal/loss.py"
+    files[loss] = source.replace_bodies(files[loss], {"dpo_loss": whole.strip()})
+    with asking(grader, Variant(), chosen(["dpo_loss", "dequantize", "training"])):
+        rows = grader.grade(solved.write(tmp_path, files))
+    assert len(helpers) == 3 and not lost(rows), grade.report(rows)
 
 
 @pytest.mark.parametrize("wrong", WRONG if EVERYTHING else SAMPLE, ids=lambda w: w.problem)
@@ -309,7 +339,9 @@ def test_the_autograder_runs_from_its_zip_and_holds_no_answer(tmp_path):
         (place / name).mkdir(parents=True)
     with zipfile.ZipFile(BytesIO(data)) as archive:
         archive.extractall(place / "source")
-        assert not any("solutions" in name for name in archive.namelist())
+        names = archive.namelist()
+        assert not any("solutions" in name for name in names)
+        assert {"dpo_minimal/forum.json", "dpo_minimal/formats/peft.py"} <= set(names)
     submission(place)
     script = shutil.which("bash"), place / "source" / "run_autograder"
     environment = os.environ | {"AUTOGRADER": str(place), "PYTHON": sys.executable}
