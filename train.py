@@ -51,7 +51,7 @@ TINY_LLAMA = LlamaConfig(
 
 
 def main():
-    """Read and check everything, then the stages in order: each saves what the next one reads."""
+    """Check and read everything, then run the stages in order: each saves what the next reads."""
     run = read_run(__doc__)
     args, max_length = run.args, run.args.max_length
     check_targets(run)
@@ -66,9 +66,9 @@ def main():
         return
     tokenizer = load_tokenizer(run.model_folder)
     data = args.data or run.out / "data"
-    # As in data.py, but for data of any size. Held-out pairs are few, so they always are a list.
+    # `large` has data.py's functions for data of any size; held-out pairs are always few.
     splits = large.load_splits(data, args.eval_data, args.seed, tell, folder=run.scratch)
-    texts, window = large.encode_sft(tokenizer, splits.sft, max_length, tell)
+    texts, window = large.encode_sft(tokenizer, splits.sft, max_length, tell)  # window: see there
     pairs = large.encode_pairs(tokenizer, splits.train, max_length, "training pairs", tell)
     held_out = encode_pairs(tokenizer, splits.evaluation, max_length, "held-out pairs", tell)
     quantize = None if args.no_quantize else "nf4"
@@ -80,18 +80,18 @@ def main():
     if run.is_due("sft"):
         sft(run, model, texts, window)
     if run.is_due("dpo"):
-        load_adapter(model, run.out / "sft", "sft")  # what was saved is what goes on
+        load_adapter(model, run.out / "sft", "sft")  # the saved weights, whoever trained them
         dpo(run, model, pairs, held_out)
-    parallel.leave()
+    parallel.leave()  # process 0 goes on alone
     if run.is_due("evaluate"):
         load_adapter(model, run.out / "sft", "sft")
-        load_adapter(model, run.out / "dpo", "dpo")  # sft and dpo as one, as exported
+        load_adapter(model, run.out / "dpo", "dpo")  # this one is sft + dpo: activate it alone
         evaluate(run, model, tokenizer, splits.evaluation)
     tell(f"done      {run.out}, peak memory {peak_memory_gb():.2f} GB")
 
 
 def tell(text: str):
-    """Print a line of progress."""
+    """Print a line of progress, in process 0 only."""
     if parallel.first():
         print(text, flush=True)
 
@@ -104,7 +104,7 @@ def check_targets(run: Run):
 
 
 def add_run_adapter(run: Run, model, name: str):
-    """Add an adapter with the run's settings; its random start depends on the seed alone."""
+    """Add an adapter with the run's settings, initialized from the seed alone."""
     torch.manual_seed(run.args.seed)
     args = run.args
     add_adapter(
@@ -118,9 +118,9 @@ def add_run_adapter(run: Run, model, name: str):
 
 
 def train_stage(run: Run, model, stage: Stage, settings):
-    """The loop, with what the flags ask of the model."""
+    """Set up the model as the flags say, then train it."""
     model.gradient_checkpointing = run.args.gradient_checkpointing
-    keep_weights(model, run.args.gradient_checkpointing)
+    keep_weights(model, keep=run.args.gradient_checkpointing)
     if run.args.compile:
         for block in model.model.layers:
             block.compile()
@@ -159,7 +159,10 @@ def train_packed(run: Run, name: str, model, texts, window: int):
 
 def token_objective(model, batch):
     """Pretraining and SFT: the cross-entropy of each scored token."""
-    return sft_loss(model, batch.tokens, batch.loss_mask, batch.positions, batch.mask), {}
+    losses = sft_loss(
+        model, batch.tokens, batch.loss_mask, positions=batch.positions, mask=batch.mask
+    )
+    return losses, {}
 
 
 def sft(run: Run, model, texts, window: int):
@@ -170,7 +173,7 @@ def sft(run: Run, model, texts, window: int):
 
 
 def dpo(run: Run, model, pairs, held_out):
-    """Train the adapter `dpo` on top of the frozen `sft`: the reference is `dpo` switched off.
+    """Train the adapter `dpo` on top of the frozen `sft`; the reference is without `dpo`.
 
     pairs, held_out: sequences of EncodedPairs.
     """
@@ -199,7 +202,7 @@ def dpo(run: Run, model, pairs, held_out):
     evaluate_held_out = partial(
         evaluate_pairs,
         pairs=held_out,
-        order=one_epoch(held_out, settings.batch_size),
+        batches=one_epoch(held_out, settings.batch_size),
         ref_table=tables["held-out"],
         beta=args.beta,
         label_smoothing=args.label_smoothing,

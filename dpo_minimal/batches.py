@@ -3,7 +3,7 @@
 Two layouts of a pair give the same log-probabilities. The plain one, `answer_rows`, has a row for
 each answer; training uses `pair_batch`, where chosen and rejected share a row and its prompt.
 
-Until a batch is made, its rows are indices: of one pair, or of the texts that are packed together.
+Before a batch is made, a row is an index (of a pair) or a list of them (of texts packed together).
 """
 
 import itertools
@@ -23,10 +23,10 @@ class Batch:
     """Rows padded on the right: tokens int64 [B, T], loss_mask bool [B, T], True where scored.
 
     `count` is what the loss is averaged over: pairs (DPO) or scored tokens (SFT). `num_tokens`
-    counts the tokens of the texts, without pads. `positions` int64 [B, T] and `mask` bool
-    [B, 1, T, T] keep apart the texts that share a row. For pairs, `indices` says which ones they
-    are, `rejected` bool [B, T] is True at the rejected answers, and `sources` int64 [B, T] gives
-    for each token the place whose state predicts it.
+    counts tokens without pads, and a pair's prompt twice. `mask` bool [B, 1, T, T] separates the
+    texts in a row, and `positions` int64 [B, T] restart for each. For pairs, `indices` says which
+    ones they are, `rejected` bool [B, T] is True at the rejected answers, and `sources` int64
+    [B, T] gives for each token the place in its row whose state predicts it.
     """
 
     tokens: torch.Tensor
@@ -59,30 +59,32 @@ def pair_batch(pairs, indices: list[int], device) -> Batch:
     """The EncodedPairs at `indices`, one per row: prompt, chosen, rejected.
 
     The rejected answer's positions go on from the prompt, and it sees the prompt but not the chosen
-    answer. So each answer is computed as if it were alone, and the prompt once for both.
+    answer. So each answer is computed as if it were alone, and the prompt once for both. A row can
+    be longer than max_length, which bounds the prompt with one answer.
     """
-    tokens, scored, rejected, positions, sources, num_tokens = [], [], [], [], [], 0
-    for prompt, chosen, rejected_answer in (pairs[i] for i in indices):
-        P, C, R = len(prompt), len(chosen), len(rejected_answer)
-        tokens.append(prompt + chosen + rejected_answer)
+    tokens, scored, in_rejected, positions, sources, num_tokens = [], [], [], [], [], 0
+    for prompt, chosen, rejected in (pairs[i] for i in indices):
+        P, C, R = len(prompt), len(chosen), len(rejected)
+        tokens.append(prompt + chosen + rejected)
         scored.append([False] * P + [True] * (C + R))
-        rejected.append([False] * (P + C) + [True] * R)
+        in_rejected.append([False] * (P + C) + [True] * R)
         positions.append([*range(P + C), *range(P, P + R)])
         # The state before each token, but both answers' first tokens follow the prompt's last one.
         sources.append([*range(-1, P + C - 1), P - 1, *range(P + C, P + C + R - 1)])
         num_tokens += 2 * P + C + R
-    rejected = pad(rejected, False, torch.bool, device)  # [B, T]
-    chosen = pad(scored, False, torch.bool, device) & ~rejected
-    apart = rejected[:, None, :, None] & chosen[:, None, None, :]  # [B, 1, T, T] query, key
+    is_scored = pad(scored, False, torch.bool, device)  # [B, T]
+    is_rejected = pad(in_rejected, False, torch.bool, device)  # [B, T]
+    is_chosen = is_scored & ~is_rejected
+    apart = is_rejected[:, None, :, None] & is_chosen[:, None, None, :]  # [B, 1, T, T] query, key
     return Batch(
         tokens=pad(tokens, 0, torch.int64, device),
-        loss_mask=chosen | rejected,
+        loss_mask=is_scored,
         count=len(indices),
         num_tokens=num_tokens,
         positions=pad(positions, 0, torch.int64, device),
         mask=torch.ones_like(apart).tril() & ~apart,
         indices=indices,
-        rejected=rejected,
+        rejected=is_rejected,
         sources=pad(sources, 0, torch.int64, device),
     )
 
@@ -137,8 +139,8 @@ def packed_rows(examples, max_length: int, indices) -> list[list[int]]:
     """The examples at `indices` that fit, packed into rows of indices."""
     fitting = [i for i in indices if examples[i] is not None]
     lengths = [sum(map(len, examples[i])) for i in fitting]
-    # By the place of each row's longest text in the shuffled `indices`: as random as that, whereas
-    # packing leaves the rows sorted by how full they are.
+    # `pack` leaves the rows sorted by how full they are. Sorting by the first text of each row, its
+    # longest, brings back the random order of `indices`.
     return [[fitting[k] for k in row] for row in sorted(pack(lengths, max_length))]
 
 
@@ -160,8 +162,9 @@ class Order:
     """The order in which training sees n examples: each epoch sees each one once, in a new order.
 
     The shuffled indices of an epoch are cut into windows of `window`. form(indices) makes a
-    window's rows; these are cut into batches, and the batches are shuffled. So examples need their
-    tokens only one window at a time. The order depends on the seed alone, not on torch's state.
+    window's rows: an index for each pair, or a list of indices for each packed row. Rows are cut
+    into batches, and the batches are shuffled. So only one window must be tokenized at a time. The
+    order depends on the seed alone, not on torch's random state.
     """
 
     def __init__(self, form, n: int, window: int, seed: int):
@@ -171,17 +174,17 @@ class Order:
             raise InputError(f"all of {self.window} random examples are longer than --max-length")
 
     def num_rows(self) -> int:
-        """Rows per epoch if all windows are like the first: exact unless some texts drop out."""
+        """Rows per epoch if all windows are like the first; exact if there is only one."""
         return math.ceil(self.first_rows * self.n / self.window)
 
     def num_batches(self, batch_size: int) -> int:
-        """Batches per epoch, in the same sense."""
+        """Batches per epoch, with the same assumption."""
         return math.ceil(math.ceil(self.first_rows / batch_size) * self.n / self.window)
 
     def batches(self, batch_size: int, place=(0, 0)):
-        """Yield (rows of a batch, place) for ever; batches(batch_size, place) goes on behind it.
+        """Yield (rows of a batch, place) for ever; batches(batch_size, place) resumes after it.
 
-        place: (how many windows, how many batches of the next window) lie behind.
+        place: (windows done, batches done in the next window).
         """
         number, done = place
         for indices in itertools.islice(windows(self.n, self.window, self.seed), number, None):

@@ -1,4 +1,4 @@
-"""Preference files to pairs, and pairs to token ids with a safe boundary.
+"""Preference files to pairs, and pairs to token ids with a safe boundary before the answer.
 
 The text is the blog's: `Question: {question}\\n\\nAnswer: {answer}`, with one BOS in front and one
 EOS behind each answer. The answer and its EOS are scored; the question is not. Nothing is ever cut:
@@ -16,7 +16,7 @@ from typing import NamedTuple
 from dpo_minimal import InputError
 from dpo_minimal.formats.rows import data_files, pair_of, read_rows
 
-MAX_HELD_OUT = 1000  # pairs: enough to measure an accuracy to 1.5 percentage points
+MAX_HELD_OUT = 1000  # pairs: an accuracy then has a standard error of at most 1.6 points
 
 
 class PreferencePair(NamedTuple):
@@ -52,12 +52,12 @@ def read_pairs(path, log=print):
     `log` is told how many were, and where the first one is. InputError if no pair is usable.
     """
     path, usable = Path(path), 0
-    dropped, first_place = Counter(), {}  # by the reason
+    dropped, first_place = Counter(), {}  # both by reason
     for file in data_files(path):
         for place, row in read_rows(file):
             pair = PreferencePair(*pair_of(place, row))
             try:
-                "".join(pair).encode()
+                "".join(pair).encode()  # JSON may hold half a surrogate pair, which is no text
             except UnicodeEncodeError as error:
                 raise InputError(f"{place}: not valid Unicode ({error.reason})") from None
             reason = why_useless(pair)
@@ -78,7 +78,7 @@ def read_pairs(path, log=print):
 
 
 class Splits(NamedTuple):
-    """What the stages learn from. SFT learns prompt and chosen answer of the pairs in `sft`."""
+    """The pairs for SFT (which learns their chosen answers), for DPO, and for evaluation."""
 
     sft: Sequence[PreferencePair]
     train: Sequence[PreferencePair]
@@ -86,7 +86,7 @@ class Splits(NamedTuple):
 
 
 def load_pairs(path, log=print, keep=list) -> Sequence[PreferencePair]:
-    """`read_pairs` as a sequence. keep: makes one of an iterator, in memory or elsewhere."""
+    """`read_pairs` as a sequence. keep: turns the iterator into one, in memory or elsewhere."""
     return keep(read_pairs(path, log))
 
 
@@ -98,7 +98,7 @@ def load_splits(data, eval_data=None, seed: int = 0, log=print, keep=list) -> Sp
     """
     data = Path(data)
     if data.is_dir() and (data / "data").is_dir():
-        data = data / "data"  # as the folder lies on the hub
+        data = data / "data"  # stack-exchange-paired keeps its parts there
     train = load_pairs(data / "rl" if (data / "rl").is_dir() else data, log, keep)
     if eval_data or (data / "evaluation").is_dir():
         evaluation = load_pairs(eval_data or data / "evaluation", log, keep)
@@ -120,15 +120,15 @@ class Subset(Sequence):
         return len(self.indices)
 
     def __getitem__(self, i):
-        """Pair i of these, an int, or the Subset of a slice."""
+        """Pair i, or a Subset for a slice."""
         if isinstance(i, slice):
             return Subset(self.pairs, self.indices[i])
         return self.pairs[self.indices[i]]
 
 
 def without_repeats(pairs) -> Subset:
-    """The pairs whose prompt and chosen answer no earlier pair has."""
-    first = {}  # by a hash, because a million texts would not fit into memory
+    """The first pair of each (prompt, chosen answer)."""
+    first = {}  # keyed by hash, because a million texts would not fit into memory
     for i, pair in enumerate(pairs):
         first.setdefault(hash((pair.prompt, pair.chosen)), i)
     return Subset(pairs, first.values())
@@ -137,22 +137,23 @@ def without_repeats(pairs) -> Subset:
 def hold_out(pairs, seed: int, path) -> tuple[Subset, Subset]:
     """(training pairs, held-out pairs) without a question in common.
 
-    5% of the pairs are held out, at least 16 and at most 1,000. The seed chooses whole questions.
-    InputError if there are too few pairs.
+    Whole questions are held out, chosen by the seed, until they have 5% of the pairs, at least 16
+    and at most 1,000 (or so many more as the last one has). InputError if all would be held out.
     """
-    question = array("q", (hash(pair.prompt) for pair in pairs))  # of each pair
-    counts = Counter(question)
-    questions = list(counts)  # in the order in which they first appear
+    hashes = array("q", (hash(pair.prompt) for pair in pairs))  # of each pair's question
+    counts = Counter(hashes)
+    questions = list(counts)  # in the order of the pairs, because Python's hashes differ by run
     random.Random(seed).shuffle(questions)
     wanted, held = min(max(16, len(pairs) // 20), MAX_HELD_OUT), set()
     while questions and wanted > 0:
-        chosen = questions.pop()
-        held.add(chosen)
-        wanted -= counts[chosen]
+        drawn = questions.pop()
+        held.add(drawn)
+        wanted -= counts[drawn]
     if len(held) == len(counts):
-        raise InputError(f"{path}: {len(pairs)} pairs are too few to hold out 16: give --eval-data")
-    train = (i for i, q in enumerate(question) if q not in held)
-    evaluation = (i for i, q in enumerate(question) if q in held)
+        found = f"{len(pairs)} pairs on {len(counts)} questions"
+        raise InputError(f"{path}: {found} are too few to hold some out: give --eval-data")
+    train = (i for i, question in enumerate(hashes) if question not in held)
+    evaluation = (i for i, question in enumerate(hashes) if question in held)
     return Subset(pairs, train), Subset(pairs, evaluation)
 
 
@@ -211,7 +212,7 @@ def encode_sft(tokenizer, pairs, max_length: int, log=print) -> list[tuple[list[
 
 
 def keep_fitting(encoded: list, max_length: int, what: str, log=print) -> list:
-    """Drop the Nones and tell `log` how many there were; InputError if nothing else is there."""
+    """Drop the Nones and tell `log` how many there were; InputError if nothing is left."""
     kept = [tokens for tokens in encoded if tokens is not None]
     if not kept:
         raise InputError(

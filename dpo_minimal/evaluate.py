@@ -19,26 +19,25 @@ def one_epoch(pairs, batch_size: int, seed: int = 0) -> list[list[int]]:
 
 
 def evaluate_pairs(
-    model, pairs, order, ref_table, *, beta: float, label_smoothing: float, kind: str, device
+    model, pairs, batches, ref_table, *, beta: float, label_smoothing: float, kind: str, device
 ) -> dict[str, float]:
-    """Mean loss and reward metrics of pairs under the model as it is.
+    """Mean loss and reward metrics of pairs under the model's active adapters.
 
-    order: a list of indices for each forward pass. ref_table: as for `known_reference_logps`.
+    batches: a list of indices for each forward pass; together they cover all pairs. ref_table: as
+    for `known_reference_logps`.
     """
-    policy = new_table(len(pairs))
-    for indices in order:
+    policy, ref = new_table(len(pairs)), new_table(len(pairs))
+    for indices in batches:
         batch = pair_batch(pairs, indices, device)
         policy[indices] = batch_logps(model, batch)
-        known_reference_logps(model, batch, ref_table)
-    return preference_metrics(
-        policy, ref_table, beta=beta, label_smoothing=label_smoothing, kind=kind
-    )
+        ref[indices] = known_reference_logps(model, batch, ref_table)
+    return preference_metrics(policy, ref, beta=beta, label_smoothing=label_smoothing, kind=kind)
 
 
 def preference_metrics(
     policy, ref, beta: float, label_smoothing: float = 0.0, kind: str = "sigmoid"
 ) -> dict[str, float]:
-    """Mean loss and reward metrics from log-probabilities [n, 2] (chosen, rejected) of both."""
+    """Mean loss and reward metrics, from log-probabilities [n, 2] (chosen, rejected) of each."""
     policy_chosen_logps, policy_rejected_logps = policy.T
     ref_chosen_logps, ref_rejected_logps = ref.T
     losses, chosen_rewards, rejected_rewards = dpo_loss(
@@ -60,8 +59,8 @@ def preference_metrics(
 def kl_estimate(model, reference, prompts, answers, device, batch_size=16) -> float:
     """KL(policy || reference) in nats per answer: the mean of log pi - log ref over pi's samples.
 
-    The policy is the model as it is, the reference the one with only the adapters `reference`.
-    prompts, answers: token ids, the answers sampled from the policy at temperature 1.
+    The policy is the model with its active adapters; the reference has only the adapters named in
+    `reference`. prompts, answers: token ids, the answers sampled from the policy at temperature 1.
     """
     ratios = []
     for at in range(0, len(prompts), batch_size):

@@ -5,7 +5,8 @@ Grattafiori et al. 2024, arXiv:2407.21783). Submodules carry the names of the Hu
 checkpoints, so that loading one is a copy. Biases, other activations, sliding windows and attention
 sinks are left out, because no Llama has them.
 
-Shapes: B batch, T tokens, D hidden_size, H heads, G key/value heads, K head_dim, V vocabulary.
+Shapes: B batch, T tokens, S tokens with cached ones, D hidden_size, H heads, G key/value heads, K
+head_dim, V vocabulary.
 """
 
 import math
@@ -40,12 +41,13 @@ class LlamaConfig:
     def __post_init__(self):
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if groups is None:
-            object.__setattr__(self, "num_key_value_heads", heads)
+            groups = heads
+            object.__setattr__(self, "num_key_value_heads", groups)  # the dataclass is frozen
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.hidden_size // heads)
             if self.hidden_size % heads:
                 raise InputError(f"config: hidden_size {self.hidden_size} over {heads} heads")
-        if heads % self.num_key_value_heads or self.head_dim % 2:
+        if heads % groups or self.head_dim % 2:
             sizes = f"{heads} heads of size {self.head_dim}, {groups} key/value heads"
             raise InputError(f"config: {sizes} do not go together")
 
@@ -72,8 +74,9 @@ class RMSNorm(nn.Module):
 def inverse_frequencies(config: LlamaConfig, dtype: torch.dtype, device=None) -> torch.Tensor:
     """Radians per position for each of the K/2 planes: theta^(-2i/K), [K/2] (RoFormer, eq. 15).
 
-    With Llama 3's scaling, planes that turn less than `low_freq_factor` times within the original
-    context are slowed by `factor`, fast ones are kept, and the ones between are interpolated.
+    A plane is a pair of coordinates. With Llama 3's scaling, planes that turn less than
+    `low_freq_factor` times within the original context are slowed by `factor`, fast ones are kept,
+    and the ones between are interpolated.
     """
     steps = torch.arange(0, config.head_dim, 2, device=device).to(dtype) / config.head_dim
     frequencies = 1.0 / config.rope_theta**steps
@@ -124,8 +127,8 @@ class Attention(nn.Module):
                 assert T == 1 or mask is not None, "several new tokens need a mask over the cache"
                 k, v = torch.cat((cache["k"], k), dim=2), torch.cat((cache["v"], v), dim=2)
             cache["k"], cache["v"] = k, v
-        k = k.repeat_interleave(self.group_size, dim=1)  # [B, H, T, K]
-        v = v.repeat_interleave(self.group_size, dim=1)  # [B, H, T, K]
+        k = k.repeat_interleave(self.group_size, dim=1)  # [B, H, S, K]
+        v = v.repeat_interleave(self.group_size, dim=1)  # [B, H, S, K]
         causal = mask is None and T > 1  # a single new token may see all that is cached
         # On a CPU the 16-bit kernel's backward takes up to four times as long as the 32-bit one's.
         dtype = at_least_float32(x) if x.device.type == "cpu" else x.dtype
@@ -165,8 +168,8 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """A decoder-only Llama language model.
 
-    No padding mask is needed: rows are padded on the right and attention is causal, so no real
-    token ever sees a pad, and what is computed at the pads is not scored.
+    Pads need no mask: rows are padded on the right and attention is causal, so no real token sees
+    a pad, and what is computed at the pads is not scored. A mask is for texts that share a row.
     """
 
     def __init__(self, config: LlamaConfig):
@@ -194,10 +197,10 @@ class Llama(nn.Module):
     def hidden(self, tokens, positions=None, mask=None, cache=None):
         """The final normalized hidden states, [B, T, D], for tokens int64 [B, T].
 
-        positions: int64 [B, T] or [1, T], if they are not 0, 1, 2, ... mask: bool [B, 1, T, T],
-        True where a query (row) may attend to a key (column), if that is not simply causal. cache:
-        `num_hidden_layers` dicts, empty at first, that keep keys and values, so that further calls
-        can go on with one token per row.
+        positions: int64 [B, T] or [1, T], by default 0, 1, 2, ... mask: bool [B, 1, T, S], True
+        where a query may attend to a key, by default causal. cache: `num_hidden_layers` dicts,
+        empty at first, that keep keys and values for further calls; those need a mask unless they
+        bring one token per row.
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # [1, T]

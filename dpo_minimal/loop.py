@@ -22,7 +22,7 @@ from dpo_minimal.log import Log
 
 @dataclass(frozen=True)
 class Settings:
-    """How a stage trains. A step is grad_accum forward passes of batch_size rows or pairs."""
+    """How a stage trains. A step has grad_accum batches of batch_size rows (SFT) or pairs (DPO)."""
 
     learning_rate: float
     batch_size: int
@@ -33,7 +33,7 @@ class Settings:
     weight_decay: float = 0.05
     max_grad_norm: float = 1.0
     eval_every: int = 0  # 0: not during training
-    eval_at_start: bool = True  # for DPO the result is known: policy = reference, all rewards are 0
+    eval_at_start: bool = True  # False saves the time; the result is known: all rewards are 0
     save_every: int = 0
 
 
@@ -98,7 +98,7 @@ def train(model, stage: Stage, settings: Settings, folder, resume: bool = False)
             group["lr"] = rate
 
         batches, place = next_batches(draw, settings.grad_accum, stage.collate)
-        # Over all batches and processes, so that 4 batches of 1 are 1 batch of 4.
+        # Over all batches and processes, so that 4 batches of 1 give the gradient of 1 batch of 4.
         count = parallel.total(sum(batch.count for batch in batches))
         sums = Counter()
         for batch in batches:
@@ -125,14 +125,14 @@ def train(model, stage: Stage, settings: Settings, folder, resume: bool = False)
 
 
 def evaluation_is_due(step: int, settings: Settings) -> bool:
-    """Whether to evaluate before this step; after the last one it is done anyway."""
+    """Whether to evaluate before this step; an evaluation after the last step always happens."""
     if not settings.eval_every or step % settings.eval_every:
         return False
     return step > 0 or settings.eval_at_start
 
 
 def next_batches(draw, grad_accum: int, collate):
-    """(this process's part of the next grad_accum batches, the place in the order behind them)."""
+    """(this process's part of the next grad_accum batches, the place in the order after them)."""
     batches = []
     for _ in range(grad_accum):
         rows, place = next(draw)
@@ -143,7 +143,7 @@ def next_batches(draw, grad_accum: int, collate):
 
 
 def means(sums: dict, count: int) -> dict[str, float]:
-    """The sums [] of this process's metrics, as means over what all processes have seen."""
+    """The means of metrics over all processes, from the sums of this one and the count of all."""
     totals = parallel.total({name: float(value) for name, value in sums.items()})
     return {name: value / count for name, value in totals.items()}
 

@@ -1,7 +1,7 @@
 """LoRA: low-rank adapters beside frozen linear layers. Add, switch on and off, merge.
 
 From Hu et al. 2021 (arXiv:2106.09685, eq. 3): y = W x + (alpha / r) B A x. Adapters stack: DPO
-trains a second one on top of SFT's. So its reference is the same model with that one switched off.
+trains a second one on top of SFT's, and its reference is the model with the second switched off.
 """
 
 import math
@@ -38,7 +38,7 @@ class Adapter(nn.Module):
         return F.linear(F.linear(x, A), B) * self.scale
 
     def _apply(self, fn, recurse=True):
-        # model.to(bfloat16) is meant for the base: an adapter follows to a device and to float64.
+        # .to(bfloat16) is for the base; an adapter only changes its device or becomes float64.
         def move_or_widen(t):
             moved = fn(t)
             return moved if moved.dtype.itemsize >= 4 else t.to(moved.device)
@@ -74,7 +74,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     kinds, layers = (nn.Linear, NF4Linear, LoRALinear), {}
     for name, module in model.named_modules():
         is_head = name.split(".")[-1] == "lm_head"
-        is_base = name.removesuffix(".base") in layers  # of a LoRALinear, which comes before it
+        is_base = name.removesuffix(".base") in layers  # inside a LoRALinear, which comes first
         if isinstance(module, kinds) and not is_head and not is_base:
             layers[name] = module
     return layers
@@ -120,12 +120,12 @@ def active_adapters(model: nn.Module, names):
 
     `with active_adapters(model, ["sft"])` turns the policy base + sft + dpo into its reference. If
     there is a backward pass, run it inside too, because gradient checkpointing computes the layers
-    again there. ValueError for a name that no layer has: it would quietly give another model.
+    again there. ValueError for a name that no layer has, which would silently switch all off.
     """
     layers = lora_layers(model).values()
     unknown = set(names) - {name for layer in layers for name in layer.adapters}
     if unknown or isinstance(names, str):
-        raise ValueError(f"active_adapters: names must be a list of adapters' names, not {names!r}")
+        raise ValueError(f"active_adapters: {names!r} is not a list of names that adapters have")
     before = [layer.active for layer in layers]
     for layer in layers:
         layer.active = tuple(name for name in layer.adapters if name in names)

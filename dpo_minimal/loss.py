@@ -79,19 +79,19 @@ def sft_loss(model, tokens, loss_mask, positions=None, mask=None):
 
 
 def sigmoid_loss(delta, beta: float, label_smoothing: float):
-    """DPO: -log sigmoid(beta * delta); with label smoothing e, cDPO.
+    """DPO: -log sigmoid(beta * delta); with --label-smoothing it is cDPO.
 
-    Rafailov et al. 2023, eq. 7. The conservative DPO of Mitchell 2023 supposes a share e of wrong
-    votes: (1 - e) * -log sigmoid(beta * delta) + e * -log sigmoid(-beta * delta).
+    Rafailov et al. 2023, eq. 7. The conservative DPO of Mitchell 2023 assumes that a share e of the
+    votes is wrong: (1 - e) * -log sigmoid(beta * delta) + e * -log sigmoid(-beta * delta).
     """
     losses = -F.logsigmoid(beta * delta) * (1 - label_smoothing)
     return losses - F.logsigmoid(-beta * delta) * label_smoothing
 
 
 def ipo_loss(delta, beta: float, label_smoothing: float):
-    """IPO: (delta - 1 / (2 beta))^2, on sums.
+    """IPO: (delta - 1 / (2 beta))^2, with delta from summed log-probabilities.
 
-    Azar et al. 2023, eq. 17. Some implementations take per-token means instead of the sums.
+    Azar et al. 2023, eq. 17. Some implementations take means over tokens instead of sums.
     """
     return (delta - 1 / (2 * beta)) ** 2
 
@@ -119,7 +119,7 @@ def dpo_loss(
 
     kind: a key of LOSSES. Returns (losses [B], chosen_rewards [B], rejected_rewards [B]); rewards
     are beta * (log pi - log ref), in nats, and carry no gradient. ValueError for another kind, or
-    for label smoothing with another kind than sigmoid.
+    if a kind other than sigmoid gets label smoothing.
     """
     if kind not in LOSSES or (label_smoothing and kind != "sigmoid"):
         raise ValueError(f"no DPO loss of kind {kind!r} with label smoothing {label_smoothing}")

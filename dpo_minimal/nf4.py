@@ -3,7 +3,8 @@
 From QLoRA (Dettmers et al. 2023, arXiv:2305.14314, section 3), bit for bit as in bitsandbytes.
 A weight is cut into blocks of 64; each block is divided by its largest magnitude (absmax), and each
 quotient becomes the index of the nearest of 16 codes. Two indices share a byte. Double quantization
-then stores each float32 absmax in 8 bits, in blocks of 256: 4.127 bits per weight in all.
+then stores each float32 absmax in 8 bits, in blocks of 256: 4 + 8/64 + 32/(64 * 256) = 4.127 bits
+per weight in all.
 """
 
 import functools
@@ -75,7 +76,7 @@ def nearest(values: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
     if len(code) > 16:
         midpoints = midpoints.to(values.device)
         return torch.bucketize(values, midpoints, out_int32=True).to(torch.uint8)
-    # A processor's vector units compare 16 values at once, but search for them one by one.
+    # On a CPU, 15 vectorized comparisons are faster than a binary search for each value.
     index = torch.zeros_like(values, dtype=torch.uint8)
     for midpoint in midpoints.tolist():
         index += values > midpoint
@@ -168,7 +169,7 @@ def code_pairs(device: torch.device) -> torch.Tensor:
 def dequantize_nf4(quantized: NF4Weight) -> torch.Tensor:
     """The weight back, in its own shape and dtype: code * absmax in float32, then one cast.
 
-    It goes piece by piece, so that temporary tensors stay in a CPU's cache. Under torch.compile,
+    It works piece by piece, so that temporary tensors stay in a CPU's cache. Under torch.compile,
     `dequantize_fused` gives the same bits.
     """
     absmax = dequantize_absmax(quantized)  # [blocks]
@@ -192,8 +193,8 @@ def dequantize_nf4(quantized: NF4Weight) -> torch.Tensor:
 class NF4Matmul(torch.autograd.Function):
     """x @ W^T for a frozen quantized W [out, in]; x [..., in].
 
-    Backward needs W once more: grad_x = grad_y @ W. Left to itself, autograd would keep every
-    layer's dequantized W until then (13 GB for 7B), so we keep W packed and dequantize again.
+    Backward needs W once more: grad_x = grad_y @ W. Autograd on its own would keep every layer's
+    dequantized W until backward (13 GB for 7B), so we keep W packed and dequantize it again.
     """
 
     @staticmethod
@@ -233,7 +234,7 @@ class NF4Linear(nn.Module):
         if self.keep_weight:
             return F.linear(x, self.dequantized(x.dtype))
         if torch.compiler.is_compiling():
-            return linear_recomputed(x, self.dequantized)
+            return linear_recomputed(x, self.dequantized)  # a compiler would keep NF4Matmul's W
         return NF4Matmul.apply(x, self.quantized)
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
@@ -246,10 +247,10 @@ class NF4Linear(nn.Module):
 
 
 def keep_weights(model: nn.Module, keep: bool):
-    """Whether each 4-bit layer leaves its dequantized W to autograd; for gradient checkpointing.
+    """Whether autograd saves the dequantized W of each 4-bit layer; for gradient checkpointing.
 
-    There a block's forward pass is computed again right before its backward pass. If autograd keeps
-    W from the one to the other, W is dequantized once for both, and only one block's W's are held.
+    There a block runs forward again right before it runs backward. Saving W in between dequantizes
+    it once instead of twice, and the W's of only one block are held at a time.
     """
     for layer in model.modules():
         if isinstance(layer, NF4Linear):

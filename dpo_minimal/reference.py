@@ -1,7 +1,8 @@
 """The reference's log-probabilities: computed when a batch is first seen, and kept in a table.
 
-The reference, base + sft, never changes. So a second epoch reads what the first one computed, and
-so does an interrupted run that goes on, because the table travels in its state.
+The reference, base + sft, never changes. So a later epoch reads back what an earlier one computed,
+and a resumed run does too, because the table is saved in its state. Of several processes, each has
+a table of its own.
 """
 
 import torch
@@ -36,10 +37,10 @@ def new_table(n: int) -> torch.Tensor:
 
 
 def known_reference_logps(model, batch, table) -> torch.Tensor:
-    """`reference_logps` of a batch, [B, 2], read from the table; what it lacks is entered first.
+    """`reference_logps` of a batch, [B, 2], from the table; computed first if any of it is NaN.
 
-    It is computed in the very batch that the policy is computed in first. So step 0 compares equal
-    computations, and its loss is ln 2 exactly.
+    At step 0 policy and reference are computed from the same batch. So they agree exactly, and the
+    sigmoid loss is ln 2 to the last bit.
     """
     if table[batch.indices].isnan().any():
         table[batch.indices] = reference_logps(model, batch)

@@ -154,7 +154,7 @@ def test_held_out_pairs_are_measured_against_a_reference_that_is_computed_once(m
 
     monkeypatch.setattr(reference, "reference_logps", count)
     table = new_table(len(pairs))
-    arguments = dict(pairs=pairs, order=one_epoch(pairs, 4), ref_table=table, device="cpu")
+    arguments = dict(pairs=pairs, batches=one_epoch(pairs, 4), ref_table=table, device="cpu")
     arguments |= dict(beta=0.5, label_smoothing=0.1, kind="sigmoid")
     metrics = evaluate_pairs(model, **arguments)
     assert metrics["loss"] == pytest.approx(losses.mean().item(), abs=1e-4)

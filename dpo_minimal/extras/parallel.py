@@ -1,8 +1,8 @@
 """More than one process, each with a GPU of its own: torchrun --nproc-per-node 2 train.py ...
 
 Every process holds the whole model and takes its share of each batch. The base is frozen, so only
-the adapters' gradients travel: they are added up, and the same optimizer step in every process keeps
-the adapters equal. Losses are divided by what all processes score together, so that the result is
+the adapters' gradients travel. They are added up, and the same optimizer step in every process
+keeps the adapters equal. Losses are divided by what all processes score together, so the result is
 that of one process up to rounding, however many there are (without dropout). Only process 0 writes.
 Without torchrun there is one process, and nothing here does anything.
 """
@@ -53,7 +53,7 @@ def leave():
 
 
 def share(rows: list) -> list:
-    """This process's part of a batch. Neighbours are about equally long and go to different ones."""
+    """This process's part of a batch. Neighbours, about equally long, go to different processes."""
     return rows[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else rows
 
 
