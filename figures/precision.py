@@ -46,7 +46,7 @@ def compute() -> dict:
 
 def sizes(model) -> dict[str, int]:
     """Bytes of the base weights of the linear layers as stored, and the trained parameters."""
-    linear = [getattr(layer, "base", layer) for _, _, _, layer in linear_layers(model)]
+    linear = [getattr(layer, "base", layer) for layer in linear_layers(model).values()]
     tensors = [tensor for layer in linear for tensor in layer.state_dict().values()]
     return {
         "linear_layers_bytes": sum(t.numel() * t.itemsize for t in tensors),

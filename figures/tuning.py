@@ -19,13 +19,14 @@ from world import RUN, World, answer_logps, asked, exact, stack
 
 from benchmarks.record import TRAIN, read_log, run_script
 from dpo_minimal import forum
-from dpo_minimal.batches import collate_packed, collate_pairs, packed_batches, pair_batches
+from dpo_minimal.batches import packed_batch, packed_order, pair_batch, pair_order
 from dpo_minimal.checkpoint import load_adapter, load_llama, save_llama
 from dpo_minimal.data import EncodedPair, encode_sft, load_splits
-from dpo_minimal.evaluate import judge_answers, kl_estimate
+from dpo_minimal.evaluate import kl_estimate
+from dpo_minimal.extras.report import judge_answers
 from dpo_minimal.files import read_json, write_json
 from dpo_minimal.generate import sample_answers
-from dpo_minimal.loop import Log, Settings, count_steps, train
+from dpo_minimal.loop import Settings, Stage, train
 from dpo_minimal.lora import add_adapter, lora_layers
 from dpo_minimal.loss import dpo_loss, preference_logps, reward_metrics
 from dpo_minimal.tokenizer import load_tokenizer
@@ -112,13 +113,10 @@ def full_sft() -> Path:
     folder = RUN / "full"
     if not folder.exists():
         model = load_llama(RUN / "base", quantize=None).requires_grad_(True)
-        texts = load_splits(RUN / "data", log=print).sft
-        examples = encode_sft(load_tokenizer(RUN / "base"), texts, 128)
-        settings = Settings(FULL_RATE, batch_size=8, epochs=3)
-        batches = packed_batches(examples, 128, settings.seed)
-        batches.batch_size = settings.batch_size
-        collate = partial(collate_packed, device="cpu")
-        run_loop(model, token_objective, batches, collate, settings, RUN / "full.jsonl")
+        texts = encode_sft(load_tokenizer(RUN / "base"), load_splits(RUN / "data").sft, 128)
+        order = packed_order(texts, 128, window=len(texts), seed=0)
+        stage = Stage("full", token_objective, order, partial(packed_batch, texts, device="cpu"))
+        train(model, stage, Settings(FULL_RATE, batch_size=8, epochs=3), RUN)
         save_llama(model, folder, torch.float32, tokenizer_from=RUN / "base")
     return folder
 
@@ -135,25 +133,47 @@ def reference_table(world: World, precision: str = "qlora") -> dict[str, torch.T
 
 def make_objective(world: World, recipe: Recipe, votes, reference):
     """objective(model, batch) for `loop.train`: the recipe's loss of each pair."""
-    options = dict(beta=recipe.beta, label_smoothing=recipe.label_smoothing)
-    options["kind"] = "sigmoid" if recipe.loss == "chosen" else recipe.loss
+    kind = "sigmoid" if recipe.loss == "chosen" else recipe.loss
     ref_logps = torch.tensor([[reference[q][y] for y in pair] for q, *pair in votes]).float()
     lengths = torch.tensor([[len(world.tokens[q][1 + y]) for y in pair] for q, *pair in votes])
     scores = torch.tensor([[world.scores[q][y] for y in pair] for q, *pair in votes])
     certainty = torch.sigmoid(scores[:, 0] - scores[:, 1]).float()
 
     def objective(model, batch):
-        policy = torch.stack(preference_logps(model, batch))  # [2, B]
-        ref = ref_logps[batch.indices].T
+        policy_chosen_logps, policy_rejected_logps = preference_logps(model, batch)  # [B] each
+        ref_chosen_logps, ref_rejected_logps = ref_logps[batch.indices].T
         if recipe.mean:
-            policy, ref = policy / lengths[batch.indices].T, ref / lengths[batch.indices].T
-        losses, chosen, rejected = dpo_loss(*policy, *ref, **options)
+            chosen_length, rejected_length = lengths[batch.indices].T
+            policy_chosen_logps = policy_chosen_logps / chosen_length
+            policy_rejected_logps = policy_rejected_logps / rejected_length
+            ref_chosen_logps = ref_chosen_logps / chosen_length
+            ref_rejected_logps = ref_rejected_logps / rejected_length
+        losses, chosen_rewards, rejected_rewards = dpo_loss(
+            policy_chosen_logps,
+            policy_rejected_logps,
+            ref_chosen_logps,
+            ref_rejected_logps,
+            beta=recipe.beta,
+            label_smoothing=recipe.label_smoothing,
+            kind=kind,
+        )
         if recipe.expected:
-            p, other = certainty[batch.indices], dpo_loss(*policy.flip(0), *ref.flip(0), **options)
-            losses = p * losses + (1 - p) * other[0]
+            p = certainty[batch.indices]
+            turned_around, _, _ = dpo_loss(
+                policy_chosen_logps=policy_rejected_logps,
+                policy_rejected_logps=policy_chosen_logps,
+                ref_chosen_logps=ref_rejected_logps,
+                ref_rejected_logps=ref_chosen_logps,
+                beta=recipe.beta,
+                label_smoothing=recipe.label_smoothing,
+                kind=kind,
+            )
+            losses = p * losses + (1 - p) * turned_around
         elif recipe.loss == "chosen":
-            losses = -policy[0]
-        return losses, reward_metrics(*policy, chosen, rejected)
+            losses = -policy_chosen_logps
+        return losses, reward_metrics(
+            policy_chosen_logps, policy_rejected_logps, chosen_rewards, rejected_rewards
+        )
 
     return objective
 
@@ -166,17 +186,17 @@ def tune(world: World, recipe: Recipe) -> dict:
     measurements of samples, "known_logps" and "held_out_logps": log pi of the answers,
     "cpu_seconds"}.
     """
-    name = hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]
-    path = RUN / "tuned" / f"{name}.json"
+    folder = RUN / "tuned" / hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]
+    path = folder / "result.json"
     if not path.exists():
         started = time.process_time()
-        result = {"recipe": asdict(recipe)} | train_and_measure(world, recipe, path)
+        result = {"recipe": asdict(recipe)} | train_and_measure(world, recipe, folder)
         write_json(path, result | {"cpu_seconds": time.process_time() - started})
     return read_json(path)
 
 
-def train_and_measure(world: World, recipe: Recipe, path: Path) -> dict:
-    """See `tune`."""
+def train_and_measure(world: World, recipe: Recipe, folder: Path) -> dict:
+    """See `tune`. The log goes to this folder."""
     model = start_policy(recipe)
     reference = reference_table(world, recipe.precision)
     votes = draw_votes(world, recipe)
@@ -188,27 +208,17 @@ def train_and_measure(world: World, recipe: Recipe, path: Path) -> dict:
         recipe.batch_size,
         epochs=recipe.epochs,
         eval_every=recipe.eval_every,
-        seed=recipe.seed,
     )
-    batches = pair_batches(pairs, settings.batch_size, settings.seed)
-    log_path = path.with_suffix(".jsonl")
+    order = pair_order(pairs, settings.batch_size, recipe.seed)
     objective = make_objective(world, recipe, votes, reference)
     evaluate = partial(measure_course, world=world, recipe=recipe, reference=reference)
-    collate = partial(collate_pairs, device="cpu")
-    run_loop(model, objective, batches, collate, settings, log_path, evaluate)
-    steps, evaluations = read_log(log_path)["dpo"]
+    evaluate = evaluate if recipe.eval_every else None
+    stage = Stage("dpo", objective, order, partial(pair_batch, pairs, device="cpu"), evaluate)
+    folder.mkdir(parents=True, exist_ok=True)
+    train(model, stage, settings, folder)
+    steps, evaluations = read_log(folder / "metrics.jsonl")["dpo"]
     rows = [{name: row[name] for name in ("step", *LOGGED)} for row in steps]
     return {"rows": rows, "course": evaluations} | measure_all(model, world, reference)
-
-
-def run_loop(model, objective, batches, collate, settings, log_path: Path, evaluate=None):
-    """`loop.train` from the beginning, with a log of its own and without saved states."""
-    log_path.parent.mkdir(exist_ok=True)
-    log_path.unlink(missing_ok=True)
-    steps = count_steps(settings, batches.num_batches())
-    log, no_state = Log(log_path, "dpo", steps), log_path.with_suffix(".pt")
-    evaluate = evaluate if settings.eval_every else None
-    train(model, objective, batches, collate, steps, settings, log, no_state, evaluate)
 
 
 def measure_course(model, world: World, recipe: Recipe, reference) -> dict[str, float]:

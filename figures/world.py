@@ -76,8 +76,8 @@ def answer_logps(model, world: World, questions) -> torch.Tensor:
     logps = []
     for question in questions:
         prompt, *answers = world.tokens[question]
-        rows = answer_rows([(prompt, answer) for answer in answers], "cpu")
-        logps.append(sequence_logps(model, *rows))
+        tokens, loss_mask = answer_rows([(prompt, answer) for answer in answers], "cpu")
+        logps.append(sequence_logps(model, tokens, loss_mask))
     model.train(training)
     return torch.stack(logps).double()
 
