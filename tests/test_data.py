@@ -1,9 +1,14 @@
 """Files to pairs, pairs to token ids, token ids to batches, and the order of the batches."""
 
+import ast
 import gzip
 import itertools
 import json
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -302,6 +307,27 @@ def test_what_is_held_out_depends_on_the_seed_alone(tmp_path):
     assert list(map(list, first)) == list(map(list, again))
     assert set(first.evaluation) != set(other.evaluation)
     assert set(first.evaluation) != set(load_pairs(path, quiet)[-20:])  # and it is a random part
+
+
+def test_splits_are_the_same_in_every_process(tmp_path):
+    # Python's hashes of texts differ by process, and a resumed run must find the same pairs.
+    path = write_rows(tmp_path / "rows.jsonl", plain_rows(400) + plain_rows(40))
+    here = load_splits(path, seed=1, log=quiet)
+    program = f"""
+from dpo_minimal.data import load_splits
+splits = load_splits({str(path)!r}, seed=1)
+print([list(map(tuple, pairs)) for pairs in splits])
+"""
+    for seed in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=Path(__file__).parents[1],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert ast.literal_eval(done.stdout) == [list(map(tuple, pairs)) for pairs in here]
 
 
 def test_too_few_pairs_to_hold_any_out_are_refused(tmp_path):
