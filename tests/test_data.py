@@ -505,7 +505,7 @@ def test_padding_is_on_the_right_and_only_as_long_as_the_longest_row():
     assert batch.tokens.shape == batch.loss_mask.shape == (5, max(lengths))
     assert batch.num_tokens == sum(lengths) + sum(len(p.prompt) for p in pairs)
     for row, mask, n in zip(batch.tokens, batch.loss_mask, lengths, strict=True):
-        assert row[0] == 1 and mask[n - 1] and not mask[n:].any()
+        assert row[0] == 1 and mask[n - 1 :].tolist() == [True] + [False] * (len(mask) - n)
 
 
 # The order.
@@ -533,7 +533,7 @@ def test_every_index_comes_once_an_epoch(n, size):
     epochs = [take(order, per_epoch) for _ in range(3)]
     for epoch in epochs:
         assert sorted(i for batch in epoch for i in batch) == list(range(n))
-        assert all(len(batch) <= size for batch in epoch)
+        assert max(map(len, epoch)) <= size
     if n > 1:
         assert epochs[0] != epochs[1] != epochs[2]
 
@@ -710,7 +710,7 @@ def test_the_beginning_of_a_packed_example_is_never_scored():
     # Its first token would be predicted from the last one of its neighbour.
     examples, rows = packed_examples()
     batch = packed_batch(examples, rows, "cpu")
-    assert not batch.loss_mask[batch.positions == 0].any()
+    assert batch.loss_mask[batch.positions == 0].nonzero().tolist() == []
 
 
 def test_packed_batches_train_all_positions_of_a_model_alike():

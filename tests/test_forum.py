@@ -117,7 +117,7 @@ def test_no_mistake_of_the_table_is_the_truth():
     for topic in forum.TOPICS:
         subjects = [fact.subject for fact in topic.facts]
         assert len(set(subjects)) == len(subjects) == 10
-        assert all(fact.right != fact.wrong for fact in topic.facts)
+        assert [fact for fact in topic.facts if fact.right == fact.wrong] == []
 
 
 def test_votes_follow_bradley_and_terry():
@@ -133,7 +133,7 @@ def test_votes_follow_bradley_and_terry():
         for order in ([better, worse], [worse, better]):
             rng = random.Random(7)
             votes = [vote(GOAT, order, rng) for _ in range(n)]
-            assert all(sorted(v) == sorted(order) for v in votes)
+            assert {tuple(sorted(v)) for v in votes} == {tuple(sorted(order))}
             share = sum(chosen == better for chosen, _ in votes) / n
             # five standard deviations of a binomial share
             assert abs(share - p) < 5 * math.sqrt(p * (1 - p) / n)
@@ -156,7 +156,7 @@ def test_evaluation_questions_are_in_no_other_part():
     held_out = {row["question"] for row in parts["evaluation"]}
     assert len(held_out) >= 100
     for part in ("finetune", "rl"):
-        assert not held_out & {row["question"] for row in parts[part]}
+        assert held_out & {row["question"] for row in parts[part]} == set()
     topics = {row["text"].splitlines()[0].removeprefix("Topic: ") for row in parts["pretrain"]}
     assert topics <= QUESTIONS.keys() and not held_out & topics
 
@@ -187,4 +187,4 @@ def test_the_same_seed_gives_the_same_rows_and_another_seed_others():
     random.seed(2)
     assert make_forum(5) == first
     other = make_forum(6)
-    assert all(other[part] != first[part] for part in first)
+    assert [part for part in first if other[part] == first[part]] == []

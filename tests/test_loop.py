@@ -169,7 +169,7 @@ def test_each_step_uses_the_rate_of_the_schedule_and_clips_the_gradient(tmp_path
     assert [rate for rate, _ in recorder.seen] == pytest.approx(rates, rel=1e-7)
     assert [row["learning_rate"] for row in rows] == pytest.approx(rates, rel=1e-7)
     assert [norm for _, norm in recorder.seen] == pytest.approx([0.5] * 6, rel=1e-4)
-    assert all(row["grad_norm"] > 5 for row in rows)  # what is logged is the norm before clipping
+    assert min(row["grad_norm"] for row in rows) > 5  # the log has the norm before clipping
 
 
 def test_a_small_gradient_is_not_clipped_and_is_the_mean_over_scored_tokens(tmp_path, recorder):
@@ -196,7 +196,7 @@ def test_with_a_zero_gradient_a_step_shrinks_the_weights_by_rate_times_decay(
     before = weights(model)
     settings = Settings(learning_rate=0.5, batch_size=3, warmup_steps=0, **given)
     run(tmp_path, model, settings, steps=1, objective=flat)
-    assert any(weight.any() for name, weight in before.items() if "lora_B" in name)
+    assert min(weight.abs().max() for weight in before.values()) > 0.01
     for name, weight in weights(model).items():
         torch.testing.assert_close(weight, before[name] * (1 - 0.5 * decay), rtol=1e-14, atol=0)
 
@@ -465,7 +465,8 @@ def test_a_state_with_tables_of_another_size_is_refused(tmp_path):
     assert str(caught.value) == f"{path}: {said}"
     same = {"training": new_table(10), "held-out": new_table(4)}
     assert tuple(load_state(path, model, optimizer, same)) == (3, 100, (0, 3))
-    assert same["held-out"].tolist() == [[1, 1]] * 4 and same["training"].isnan().all()
+    assert same["held-out"].tolist() == [[1, 1]] * 4
+    assert same["training"].isnan().tolist() == [[True, True]] * 10
 
 
 def test_dropout_is_drawn_anew_each_step(tmp_path):

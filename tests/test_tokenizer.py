@@ -36,7 +36,7 @@ def test_bos_and_eos_are_there_when_asked_for_and_spelling_them_is_text(tokenize
     assert tokenizer.encode("a goat", bos=True) == [bos, *ids]
     assert tokenizer.encode("a goat", eos=True) == [*ids, eos]
     assert tokenizer.encode("a goat", bos=True, eos=True) == [bos, *ids, eos]
-    assert not {bos, eos} & set(tokenizer.encode("<s> a goat </s>"))
+    assert {bos, eos} & set(tokenizer.encode("<s> a goat </s>")) == set()
 
 
 def test_unknown_characters_are_their_bytes(tokenizer):
@@ -48,7 +48,8 @@ def test_digits_are_tokens_of_their_own(tmp_path):
     texts = ["in 2024 we had 2024 goats"] * 50 + [forum.TOPICS[0].remark]
     tokenizer = train_tokenizer(texts, 300, tmp_path / "tokenizer.model")
     pieces = [tokenizer.model.id_to_piece(i) for i in range(tokenizer.vocab_size)]
-    assert not [p for p in pieces if len(p) > 1 and p[0] != "<" and any(map(str.isdigit, p))]
+    joined = [p for p in pieces if len(p) > 1 and p[0] != "<" and any(map(str.isdigit, p))]
+    assert joined == []
     assert [tokenizer.decode([i]) for i in tokenizer.encode("2024")[-4:]] == list("2024")
 
 
@@ -61,7 +62,7 @@ def test_a_line_break_is_one_byte(tokenizer):
 def test_llama_2_has_the_published_ids(llama2_tokenizer):
     assert llama2_tokenizer.vocab_size == 32000
     assert (llama2_tokenizer.bos_id, llama2_tokenizer.eos_id) == (1, 2)
-    # "Hello world" on Llama 2 is the two tokens 15043 and 3186, as its users know.
+    # "Hello world" on Llama 2 is the two tokens 15043 and 3186, a widely known example.
     assert llama2_tokenizer.encode("Hello world", bos=True) == [1, 15043, 3186]
 
 
@@ -124,7 +125,7 @@ def test_a_tokenizer_json_gives_any_text_back(tmp_path, text):
 def test_text_that_spells_a_special_token_of_a_tokenizer_json_is_text(tmp_path):
     tokenizer = load_tokenizer(json_folder(tmp_path))
     ids = tokenizer.encode("say <|eos|> now")
-    assert not {0, 1} & set(ids)
+    assert {0, 1} & set(ids) == set()
     assert tokenizer.decode(ids) == "say <|eos|> now"
 
 
