@@ -13,20 +13,12 @@ import torch
 
 from dpo_minimal import forum, run_command
 from dpo_minimal.batches import packed_batch, packed_order, pair_batch, pair_order
+from dpo_minimal.checkpoint import load_adapter, load_llama, save_adapter, save_llama
 from dpo_minimal.data import encode_pairs, keep_fitting
 from dpo_minimal.evaluate import evaluate_pairs, one_epoch
-from dpo_minimal.extras import large, parallel
-from dpo_minimal.extras.report import (
-    compare,
-    draw_curves,
-    format_samples,
-    format_summary,
-    last_evaluation,
-    vote_bound,
-)
+from dpo_minimal.extras import large, parallel, report
 from dpo_minimal.files import whole_file, write_json
-from dpo_minimal.formats.huggingface import load_llama, read_config, save_llama
-from dpo_minimal.formats.peft import load_adapter, save_adapter
+from dpo_minimal.formats.huggingface import read_config
 from dpo_minimal.formats.rows import read_rows
 from dpo_minimal.llama import Llama, LlamaConfig
 from dpo_minimal.log import peak_memory_gb
@@ -221,7 +213,7 @@ def evaluate(run: Run, model, tokenizer, held_out):
     """Compare base, SFT and DPO; write eval.json, samples.md, curves.png and merged/."""
     questions = list(dict.fromkeys(pair.prompt for pair in held_out))
     questions = questions[: 120 if run.on_forum else 16]
-    table, greedy = compare(
+    table, greedy = report.compare(
         model,
         tokenizer,
         questions,
@@ -231,16 +223,16 @@ def evaluate(run: Run, model, tokenizer, held_out):
         judged=run.on_forum,
         log=tell,
     )
-    rewards = last_evaluation(run.out / "metrics.jsonl")
+    rewards = report.last_evaluation(run.out / "metrics.jsonl")
     table["DPO"]["reward_accuracy"] = rewards["eval_rewards/accuracies"]
-    bound = vote_bound(held_out) if run.on_forum else None
+    bound = report.vote_bound(held_out) if run.on_forum else None
     write_json(run.out / "eval.json", {"table": table, "held_out": rewards, "vote_bound": bound})
     with whole_file(run.out / "samples.md") as file:
-        file.write(format_samples(questions, greedy).encode())
-    draw_curves(run.out / "metrics.jsonl", run.out / "curves.png", tell)
+        file.write(report.format_samples(questions, greedy).encode())
+    report.draw_curves(run.out / "metrics.jsonl", run.out / "curves.png", tell)
     with active_adapters(model, ["dpo"]):
         save_llama(model, run.out / "merged", tokenizer_from=run.model_folder)
-    tell(format_summary(table, rewards, bound, questions, greedy))
+    tell(report.format_summary(table, rewards, bound, questions, greedy))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Loading and saving, in one place to import from; the formats have a file each in `formats/`."""
+"""Loading and saving models and adapters: the four functions, whose formats are in `formats/`."""
 
 from dpo_minimal.formats.huggingface import load_llama, save_llama
 from dpo_minimal.formats.peft import load_adapter, save_adapter

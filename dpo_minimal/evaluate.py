@@ -1,14 +1,15 @@
 """What tuning changed: loss and rewards on held-out pairs, and the KL to the reference."""
 
 import itertools
+from functools import partial
 from statistics import mean
 
 import torch
 
-from dpo_minimal.batches import answer_rows, pair_batch, pair_order
+from dpo_minimal.batches import answer_rows, pair_order
 from dpo_minimal.lora import active_adapters
 from dpo_minimal.loss import dpo_loss, reward_metrics, sequence_logps
-from dpo_minimal.reference import batch_logps, known_reference_logps, new_table
+from dpo_minimal.reference import known_reference_logps, pair_logps
 
 
 def one_epoch(pairs, batch_size: int, seed: int = 0) -> list[list[int]]:
@@ -26,17 +27,13 @@ def evaluate_pairs(
     batches: a list of indices for each forward pass; together they cover all pairs. ref_table: as
     for `known_reference_logps`.
     """
-    policy, ref = new_table(len(pairs)), new_table(len(pairs))
-    for indices in batches:
-        batch = pair_batch(pairs, indices, device)
-        policy[indices] = batch_logps(model, batch)
-        ref[indices] = known_reference_logps(model, batch, ref_table)
+    policy = pair_logps(model, pairs, batches, device)
+    kept = partial(known_reference_logps, table=ref_table)
+    ref = pair_logps(model, pairs, batches, device, of_batch=kept)
     return preference_metrics(policy, ref, beta=beta, label_smoothing=label_smoothing, kind=kind)
 
 
-def preference_metrics(
-    policy, ref, beta: float, label_smoothing: float = 0.0, kind: str = "sigmoid"
-) -> dict[str, float]:
+def preference_metrics(policy, ref, beta: float, label_smoothing=0.0, kind="sigmoid") -> dict:
     """Mean loss and reward metrics, from log-probabilities [n, 2] (chosen, rejected) of each."""
     policy_chosen_logps, policy_rejected_logps = policy.T
     ref_chosen_logps, ref_rejected_logps = ref.T
@@ -62,7 +59,8 @@ def kl_estimate(model, reference, prompts, answers, device, batch_size=16) -> fl
     The policy is the model with its active adapters; the reference has only the adapters named in
     `reference`. prompts, answers: token ids, the answers sampled from the policy at temperature 1.
     """
-    ratios = []
+    training, ratios = model.training, []
+    model.eval()  # dropout would count as a difference
     for at in range(0, len(prompts), batch_size):
         span = slice(at, at + batch_size)
         examples = list(zip(prompts[span], answers[span], strict=True))
@@ -71,4 +69,5 @@ def kl_estimate(model, reference, prompts, answers, device, batch_size=16) -> fl
         with active_adapters(model, reference):
             log_ref = sequence_logps(model, tokens, loss_mask)
         ratios += (log_pi - log_ref).tolist()
+    model.train(training)
     return mean(ratios)

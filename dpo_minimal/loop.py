@@ -148,9 +148,6 @@ def means(sums: dict, count: int) -> dict[str, float]:
     return {name: value / count for name, value in totals.items()}
 
 
-# --- the state --------------------------------------------------------------------------------
-
-
 def start(state_path: Path, model, optimizer, tables, resume: bool):
     """Where to begin: (step, tokens seen, place in the order), from the state or from nothing."""
     if not resume and parallel.first():

@@ -47,12 +47,12 @@ def known_reference_logps(model, batch, table) -> torch.Tensor:
     return table[batch.indices]
 
 
-def pair_logps(model, pairs, order, device) -> torch.Tensor:
-    """log pi of both answers of each pair, float32 [n, 2]; NaN for pairs that are not in `order`.
+def pair_logps(model, pairs, batches, device, of_batch=batch_logps) -> torch.Tensor:
+    """log pi of both answers of each pair, float32 [n, 2]; NaN for pairs that are in no batch.
 
-    order: a list of indices for each forward pass.
+    batches: a list of indices for each forward pass. of_batch: gives a batch's values.
     """
     logps = new_table(len(pairs))
-    for indices in order:
-        logps[indices] = batch_logps(model, pair_batch(pairs, indices, device))
+    for indices in batches:
+        logps[indices] = of_batch(model, pair_batch(pairs, indices, device))
     return logps

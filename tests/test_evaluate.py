@@ -270,7 +270,7 @@ def test_a_question_of_several_held_out_pairs_is_asked_once(monkeypatch, on_foru
     def stop(model, tokenizer, questions, **settings):
         raise Asked(questions)
 
-    monkeypatch.setattr(train, "compare", stop)
+    monkeypatch.setattr(train.report, "compare", stop)
     run = SimpleNamespace(on_forum=on_forum, device="cpu", args=SimpleNamespace(seed=0))
     held_out = [PreferencePair(f"q{i % 130}", f"yes {i}", "no") for i in range(390)]
     for pairs, expected in (

@@ -16,6 +16,7 @@ import train
 from dpo_minimal import evaluate, forum, loop, run
 from dpo_minimal.batches import packed_order, pair_order
 from dpo_minimal.data import encode_pairs, encode_sft, load_splits
+from dpo_minimal.extras import report
 from dpo_minimal.lora import lora_layers
 from dpo_minimal.loss import LOSSES
 from dpo_minimal.nf4 import NF4Linear
@@ -46,7 +47,7 @@ class Recorder:
             patch.setattr(module, "dpo_loss", functools.partial(self.loss, module.dpo_loss))
         patch.setattr(torch.optim, "AdamW", functools.partial(self.adamw, torch.optim.AdamW))
         patch.setattr(loop, "save_state", functools.partial(self.save, loop.save_state))
-        patch.setattr(train, "compare", functools.partial(self.compare, train.compare))
+        patch.setattr(report, "compare", functools.partial(self.compare, report.compare))
         patch.setattr(run, "check_compiler", lambda device: None)  # there may be none here
         patch.setattr(torch.nn.Module, "compile", lambda block: self.compiled.append(block))
 

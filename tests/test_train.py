@@ -18,6 +18,7 @@ from dpo_minimal import forum, loop, reference, run_command
 from dpo_minimal.batches import answer_rows
 from dpo_minimal.checkpoint import load_adapter, load_llama, save_llama
 from dpo_minimal.data import encode_pair, load_splits
+from dpo_minimal.extras import report
 from dpo_minimal.formats.safetensors import open_safetensors
 from dpo_minimal.llama import Llama, LlamaConfig
 from dpo_minimal.lora import active_adapters
@@ -68,13 +69,13 @@ def write_rows(path, rows):
 @pytest.fixture(scope="session", autouse=True)
 def few_tokens():
     """Untrained models never end an answer: let them say 8 tokens and not 128."""
-    compare = train.compare
+    compare = report.compare
 
     def short(model, tokenizer, questions, **options):
         return compare(model, tokenizer, questions, **options | {"max_new_tokens": 8})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "compare", short)
+        patch.setattr(report, "compare", short)
         yield
 
 
