@@ -71,7 +71,7 @@ def measure(args, folder: Path) -> dict:
         watch(run("--stage", "pretrain", "--max-steps", 2, "--out", folder / "forum"))
         model = folder / "forum" / "base"
     stages, flags = {}, ["--model", model, "--data", data, "--out", folder / "run"]
-    flags += ["--batch-size", 4, "--grad-accum", 1]
+    flags += ["--batch-size", 4, "--grad-accum", 1, "--eval-every", 0]
     if args.held_out:
         write_pairs(folder / "held_out.jsonl", args.held_out, args.bytes_per_answer)
         flags += ["--eval-data", folder / "held_out.jsonl"]

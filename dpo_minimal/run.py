@@ -61,9 +61,10 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     files("--stage", choices=PRODUCTS, help="run only this stage")
     files("--resume", action="store_true", help="go on with an interrupted run")
     kinds = [f"{kind}: {loss.__doc__.splitlines()[0]}" for kind, loss in LOSSES.items()]
+    losses = "\n".join(kinds).replace("%", "%%")  # argparse would fill in something after a %
     dpo = parser.add_argument_group("DPO").add_argument
     dpo("--beta", type=float, help="pull towards the reference (0.1; forum 1)")
-    dpo("--loss", choices=LOSSES, default="sigmoid", help="\n".join(kinds))
+    dpo("--loss", choices=LOSSES, default="sigmoid", help=losses)
     dpo("--label-smoothing", type=float, default=0.0, help="cDPO: the share of wrong votes")
     training = parser.add_argument_group("training; defaults differ by stage").add_argument
     training("--learning-rate", type=float)

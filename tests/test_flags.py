@@ -156,6 +156,14 @@ def test_every_loss_of_the_table_is_a_choice_of_the_flag_and_has_its_line_of_hel
     assert f"{kind}: {first_line}" in make_parser("").format_help().replace("\n" + " " * 24, "\n")
 
 
+def test_a_new_loss_has_its_choice_and_its_help_whatever_is_in_it(monkeypatch):
+    def always_one(delta, beta, label_smoothing):
+        """One: 100% of the time (%s, %d)."""
+
+    monkeypatch.setitem(LOSSES, "one", always_one)
+    assert "one: One: 100% of the time (%s, %d)." in make_parser("").format_help()
+
+
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_the_adapter_has_the_rank_the_scale_the_dropout_and_the_targets(recorded, stage):
     seen = recorded[0].stages[stage]
