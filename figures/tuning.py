@@ -253,13 +253,10 @@ def measure_all(model, world: World, reference) -> dict:
 def measure_samples(model, world: World, questions) -> tuple[dict, list[str]]:
     """What the judge says about sampled answers, their KL (a full-text estimate), the answers."""
     ids = sample_answers(model, world.tokenizer, questions, 64, seed=0)
-    prompts = [world.tokens[question][0] for question in questions]
-    training = model.training
-    model.eval()
     found = {}
     if lora_layers(model):
+        prompts = [world.tokens[question][0] for question in questions]
         found["kl"] = kl_estimate(model, ["sft"], prompts, ids, "cpu")
-    model.train(training)
     texts = [world.tokenizer.decode(answer).strip() for answer in ids]
     found |= judge_answers(questions, texts)
     found["words"] = sum(len(text.split()) for text in texts) / len(texts)
