@@ -35,9 +35,6 @@ class EncodedPair(NamedTuple):
     rejected: list[int]
 
 
-# --- files to pairs ----------------------------------------------------------------------------
-
-
 def why_useless(pair: PreferencePair) -> str | None:
     """The reason if nothing can be learned from a pair, else None."""
     if not pair.chosen.strip() or not pair.rejected.strip():

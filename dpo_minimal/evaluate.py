@@ -28,8 +28,8 @@ def evaluate_pairs(
     for `known_reference_logps`.
     """
     policy = pair_logps(model, pairs, batches, device)
-    kept = partial(known_reference_logps, table=ref_table)
-    ref = pair_logps(model, pairs, batches, device, of_batch=kept)
+    ref_logps = partial(known_reference_logps, table=ref_table)
+    ref = pair_logps(model, pairs, batches, device, of_batch=ref_logps)
     return preference_metrics(policy, ref, beta=beta, label_smoothing=label_smoothing, kind=kind)
 
 

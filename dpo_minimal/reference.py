@@ -47,11 +47,12 @@ def known_reference_logps(model, batch, table) -> torch.Tensor:
     return table[batch.indices]
 
 
-def pair_logps(model, pairs, batches, device, of_batch=batch_logps) -> torch.Tensor:
+def pair_logps(model, pairs, batches, device, of_batch=None) -> torch.Tensor:
     """log pi of both answers of each pair, float32 [n, 2]; NaN for pairs that are in no batch.
 
-    batches: a list of indices for each forward pass. of_batch: gives a batch's values.
+    batches: a list of indices for each forward pass. of_batch: what to call if not `batch_logps`.
     """
+    of_batch = of_batch or batch_logps
     logps = new_table(len(pairs))
     for indices in batches:
         logps[indices] = of_batch(model, pair_batch(pairs, indices, device))
