@@ -60,7 +60,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     files("--out", help="run folder (runs/forum, or runs/ and the model's name)")
     files("--stage", choices=PRODUCTS, help="run only this stage")
     files("--resume", action="store_true", help="go on with an interrupted run")
-    kinds = [f"{kind}: {loss.__doc__.splitlines()[0]}" for kind, loss in LOSSES.items()]
+    kinds = [f"{kind}: {(loss.__doc__ or '?').splitlines()[0]}" for kind, loss in LOSSES.items()]
     losses = "\n".join(kinds).replace("%", "%%")  # argparse would fill in something after a %
     dpo = parser.add_argument_group("DPO").add_argument
     dpo("--beta", type=float, help="pull towards the reference (0.1; forum 1)")
