@@ -65,11 +65,11 @@ class PairsOnDisk(Sequence):
             i += len(self)
         if not 0 <= i < len(self):
             raise IndexError(i)
-        start, *ends = self.ends[3 * i : 3 * i + 4]
+        start, a, b, end = self.ends[3 * i : 3 * i + 4]
         self.file.seek(start)
-        text = self.file.read(ends[-1] - start)
-        a, b, _ = (end - start for end in ends)
-        return PreferencePair(text[:a].decode(), text[a:b].decode(), text[b:].decode())
+        data = self.file.read(end - start)
+        a, b = a - start, b - start  # where the chosen and the rejected answer begin
+        return PreferencePair(data[:a].decode(), data[a:b].decode(), data[b:].decode())
 
 
 def keep(pairs, folder=None) -> Sequence[PreferencePair]:
