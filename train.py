@@ -11,17 +11,18 @@ from functools import partial
 
 import torch
 
-from dpo_minimal import forum, run_command
+from dpo_minimal import forum
 from dpo_minimal.batches import packed_batch, packed_order, pair_batch, pair_order
 from dpo_minimal.checkpoint import load_adapter, load_llama, save_adapter, save_llama
 from dpo_minimal.data import encode_pairs, keep_fitting
 from dpo_minimal.evaluate import evaluate_pairs, one_epoch
 from dpo_minimal.extras import large, parallel, report
+from dpo_minimal.extras.command_line import run_command
+from dpo_minimal.extras.machine import peak_memory_gb
 from dpo_minimal.files import whole_file, write_json
 from dpo_minimal.formats.huggingface import read_config
 from dpo_minimal.formats.rows import read_rows
 from dpo_minimal.llama import Llama, LlamaConfig
-from dpo_minimal.log import peak_memory_gb
 from dpo_minimal.loop import Stage, train
 from dpo_minimal.lora import active_adapters, add_adapter
 from dpo_minimal.loss import dpo_loss, preference_logps, reward_metrics, sft_loss
@@ -68,7 +69,8 @@ def main():
     dtype = str(run.dtype).removeprefix("torch.")
     kind = f"{quantize or 'not quantized'}, {dtype} on {run.device}"
     tell(f"model     {run.model_folder}, {kind}, peak memory {peak_memory_gb():.2f} GB so far")
-    run.start()
+    if not run.on_forum:
+        run.start()
     if run.is_due("sft"):
         sft(run, model, texts, window)
     if run.is_due("dpo"):

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dpo_minimal import InputError
@@ -11,15 +11,23 @@ from dpo_minimal import InputError
 
 @contextmanager
 def whole_file(path):
-    """A binary file to write, renamed to `path` if all went well and removed if not."""
+    """A binary file to write, renamed to `path` if all went well and removed if not.
+
+    InputError if the system does not let it be written: what was at `path` is still there then.
+    """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
     try:
         with open(partial, "wb") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())  # a power cut after the rename must not leave an empty file
         os.replace(partial, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -9,10 +9,10 @@ import argparse
 
 import torch
 
-from dpo_minimal import run_command
 from dpo_minimal.batches import pad
 from dpo_minimal.checkpoint import load_adapter, load_llama
 from dpo_minimal.data import format_prompt
+from dpo_minimal.extras.command_line import real, refuse, run_command, whole
 from dpo_minimal.tokenizer import load_tokenizer
 
 
@@ -106,13 +106,14 @@ def generate(
 def make_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(description="Ask a model.")
+    parser.error = refuse
     parser.add_argument("--model", required=True, help="model folder, Hugging Face or Meta layout")
     parser.add_argument("--adapter", help="adapter folder, such as runs/forum/dpo")
     parser.add_argument("--prompt", help="the question; without it, read questions line by line")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest answer")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-new-tokens", type=whole(1), default=128)
+    parser.add_argument("--temperature", type=real(low=0, high=1e3), default=0.0, help="0: greedy")
+    parser.add_argument("--top-p", type=real(above=0, high=1), default=1.0)
+    parser.add_argument("--seed", type=whole(0, 2**63 - 1), default=0)
     parser.add_argument("--no-quantize", action="store_true", help="even under an adapter")
     return parser
 

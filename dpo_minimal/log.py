@@ -2,26 +2,12 @@
 
 import json
 import math
-import sys
 import time
 from pathlib import Path
 
-import torch
-
 from dpo_minimal.extras import parallel
+from dpo_minimal.extras.machine import peak_memory_gb
 from dpo_minimal.files import whole_file
-
-
-def peak_memory_gb() -> float:
-    """The most memory held so far: the GPU's if one is used, else the process's."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 1e9
-    if sys.platform == "win32":
-        return 0.0  # Python alone cannot tell
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 class Log:

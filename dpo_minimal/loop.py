@@ -4,6 +4,7 @@ AdamW, linear warmup and cosine decay, gradient accumulation, clipping, evaluati
 states from which an interrupted run goes on, bit for bit. Read `train` from top to bottom.
 """
 
+import io
 import math
 import time
 from collections import Counter
@@ -108,12 +109,13 @@ def train(model, stage: Stage, settings: Settings, folder, resume: bool = False)
                 sums[name] += values.detach().sum()
         parallel.add_gradients(parameters)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        metrics = means(sums, count) | {"grad_norm": float(grad_norm), "learning_rate": rate}
+        stop_unless_finite(stage.name, step, metrics, batches)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         tokens = parallel.total(sum(batch.num_tokens for batch in batches))
         num_tokens += tokens
-        metrics = means(sums, count) | {"grad_norm": float(grad_norm), "learning_rate": rate}
         speed = round(tokens / (time.perf_counter() - started), 1)
         log.write(step, **metrics, num_tokens=num_tokens, tokens_per_second=speed)
         if settings.save_every and (step + 1) % settings.save_every == 0 and parallel.first():
@@ -148,6 +150,19 @@ def means(sums: dict, count: int) -> dict[str, float]:
     return {name: value / count for name, value in totals.items()}
 
 
+def stop_unless_finite(stage: str, step: int, metrics: dict, batches):
+    """InputError if the loss or the gradient's norm is NaN or infinite.
+
+    It comes before the optimizer's step, so the weights and the last saved state stay good.
+    """
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(metrics[name]):
+            pairs = [i for batch in batches for i in batch.indices or ()]
+            where = f"step {step + 1}" + (f", pairs {pairs}" if pairs else "")
+            causes = "too large a --learning-rate or --beta, or damaged weights"
+            raise InputError(f"{stage}: {name} is {metrics[name]} in {where}; usually {causes}")
+
+
 def start(state_path: Path, model, optimizer, tables, resume: bool):
     """Where to begin: (step, tokens seen, place in the order), from the state or from nothing."""
     if not resume and parallel.first():
@@ -171,8 +186,10 @@ def save_state(path: Path, model, optimizer, tables, progress):
     if torch.cuda.is_available():
         state["cuda_rng"] = torch.cuda.get_rng_state()
     path.parent.mkdir(parents=True, exist_ok=True)
+    data = io.BytesIO()
+    torch.save(state, data)  # into memory first: torch words a full disk as an error of its own
     with whole_file(path) as file:
-        torch.save(state, file)
+        file.write(data.getbuffer())
 
 
 def load_state(path: Path, model, optimizer, tables):

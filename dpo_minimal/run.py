@@ -1,6 +1,7 @@
 """A run: its flags, its settings, its folder, and which stages are still to be done."""
 
 import argparse
+import os
 import platform
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -8,7 +9,8 @@ from pathlib import Path
 import torch
 
 from dpo_minimal import InputError
-from dpo_minimal.extras import parallel
+from dpo_minimal.extras import lock, parallel
+from dpo_minimal.extras.command_line import real, refuse, whole
 from dpo_minimal.extras.compiled import check_compiler
 from dpo_minimal.files import read_json, write_json
 from dpo_minimal.loop import Settings
@@ -42,17 +44,11 @@ MANY = 50_000
 STAGE_FLAGS = {field.name for field in fields(Settings)}
 
 
-def positive(text: str) -> int:
-    """A flag's whole number above 0."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
-
-
 def make_parser(description: str) -> argparse.ArgumentParser:
     """The flags, by their names in the field."""
     lines_kept, on_off = argparse.RawTextHelpFormatter, argparse.BooleanOptionalAction
     parser = argparse.ArgumentParser(description=description, formatter_class=lines_kept)
+    parser.error = refuse
     files = parser.add_argument_group("files").add_argument
     files("--model", help="model folder; without it a tiny Llama is pretrained")
     files("--data", help="preference file or folder; without it the embedded forum")
@@ -63,24 +59,25 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     kinds = [f"{kind}: {(loss.__doc__ or '?').splitlines()[0]}" for kind, loss in LOSSES.items()]
     losses = "\n".join(kinds).replace("%", "%%")  # argparse would fill in something after a %
     dpo = parser.add_argument_group("DPO").add_argument
-    dpo("--beta", type=float, help="pull towards the reference (0.1; forum 1)")
+    dpo("--beta", type=real(above=0), help="pull towards the reference (0.1; forum 1)")
     dpo("--loss", choices=LOSSES, default="sigmoid", help=losses)
-    dpo("--label-smoothing", type=float, default=0.0, help="cDPO: the share of wrong votes")
+    smoothing = real(low=0, below=0.5)
+    dpo("--label-smoothing", type=smoothing, default=0.0, help="cDPO: the share of wrong votes")
     training = parser.add_argument_group("training; defaults differ by stage").add_argument
-    training("--learning-rate", type=float)
-    training("--batch-size", type=positive, help="pairs, or packed rows, per forward pass")
-    training("--grad-accum", type=positive, help="forward passes per step")
-    training("--epochs", type=float)
-    training("--max-steps", type=positive, help="most steps of each stage")
-    training("--warmup-steps", type=int, help="by default a tenth of the steps")
-    training("--eval-every", type=int, help="steps between evaluations; 0: only at the end")
-    training("--save-every", type=int, help="steps between saved states; 0: never")
-    training("--seed", type=int, default=0)
+    training("--learning-rate", type=real(above=0, high=1))
+    training("--batch-size", type=whole(1), help="pairs, or packed rows, per forward pass")
+    training("--grad-accum", type=whole(1), help="forward passes per step")
+    training("--epochs", type=real(above=0, high=1e6))
+    training("--max-steps", type=whole(1, 10**9), help="most steps of each stage")
+    training("--warmup-steps", type=whole(0), help="by default a tenth of the steps")
+    training("--eval-every", type=whole(0), help="steps between evaluations; 0: only at the end")
+    training("--save-every", type=whole(0), help="steps between saved states; 0: never")
+    training("--seed", type=whole(0, 2**63 - 1), default=0)
     model = parser.add_argument_group("model").add_argument
-    model("--max-length", type=positive, help="tokens of prompt + answer (1024; forum 128)")
-    model("--lora-r", type=positive, default=8)
-    model("--lora-alpha", type=float, default=16)
-    model("--lora-dropout", type=float, default=0.05)
+    model("--max-length", type=whole(1), help="tokens of prompt + answer (1024; forum 128)")
+    model("--lora-r", type=whole(1, 2**14), default=8)
+    model("--lora-alpha", type=real(above=0), default=16)
+    model("--lora-dropout", type=real(low=0, below=1), default=0.05)
     model("--target-modules", help="linear layers, or all (q_proj,v_proj; forum all)")
     model("--no-quantize", action="store_true", help="LoRA instead of QLoRA")
     model("--dtype", choices=["float32", "bfloat16"], help="bfloat16 on a GPU, else float32")
@@ -109,10 +106,11 @@ def check_flags(args):
         raise InputError("--stage pretrain makes the forum's own model: leave out --model")
     if args.label_smoothing and args.loss != "sigmoid":
         raise InputError(f"--label-smoothing goes with --loss sigmoid, not {args.loss}")
-    if not 0 <= args.label_smoothing < 0.5 or args.beta <= 0:
-        raise InputError("--label-smoothing must be in [0, 0.5), --beta above 0")
-    if (args.device or "").startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {args.device}: torch finds no GPU here")
+    kind, _, number = (args.device or "cpu").partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
+        raise InputError(f"--device {args.device}: give cpu, cuda, or cuda: and a GPU's number")
+    if kind == "cuda" and not int(number or 0) < torch.cuda.device_count():
+        raise InputError(f"--device {args.device}: torch finds no such GPU here")
 
 
 def check_folder(out: Path, args):
@@ -185,10 +183,13 @@ class Run:
         parallel.wait()
 
     def start(self):
-        """Make the folder and write config.json: all settings and versions."""
+        """Make the folder, lock it, and write config.json: all settings and versions."""
         if not parallel.first():
             return
-        (self.out / "state").mkdir(parents=True, exist_ok=True)
+        self.out.mkdir(parents=True, exist_ok=True)
+        lock.hold(self.out.absolute())
+        check_folder(self.out, self.args)  # another run may have come and gone since the first time
+        (self.out / "state").mkdir(exist_ok=True)
         on_gpu = self.device.startswith("cuda")
         record = {
             "arguments": vars(self.args),
@@ -196,6 +197,7 @@ class Run:
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
             "dtype": str(self.dtype),
+            "process": {"id": os.getpid(), "host": platform.node()},
         }
         write_json(self.out / "config.json", record)
 

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 import train
-from dpo_minimal import forum, loop, reference, run_command
+from dpo_minimal import forum, loop, reference
 from dpo_minimal.batches import answer_rows
 from dpo_minimal.checkpoint import load_adapter, load_llama, save_llama
 from dpo_minimal.data import encode_pair, load_splits
 from dpo_minimal.extras import report
+from dpo_minimal.extras.command_line import run_command
 from dpo_minimal.formats.safetensors import open_safetensors
 from dpo_minimal.llama import Llama, LlamaConfig
 from dpo_minimal.lora import active_adapters

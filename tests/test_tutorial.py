@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_minimal import generate
+from dpo_minimal import InputError, generate
 from dpo_minimal.run import make_parser
 
 ROOT = Path(__file__).parents[1]
@@ -135,7 +135,7 @@ def parses(parser, arguments):
     """Whether an argparse parser takes these arguments."""
     try:
         parser.parse_args(arguments)
-    except SystemExit:
+    except (SystemExit, InputError):
         return False
     return True
 

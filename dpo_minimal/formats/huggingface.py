@@ -159,8 +159,12 @@ def load_llama(folder, device="cpu", dtype=torch.float32, quantize: str | None =
                 # From the file's own dtype: going through `dtype` first would change nibbles.
                 quantized = replace(quantize_nf4(weight), dtype=dtype)
                 model.set_submodule(path, NF4Linear(quantized))
+                finite = quantized.absmax_offset.isfinite()  # a mean over all blocks' maxima
             else:
                 setattr(module, name, nn.Parameter(weight.to(dtype)))
+                finite = weight.isfinite().all()
+            if not finite:
+                raise InputError(f"{folder}: {path}.{name} holds NaN or infinite numbers")
     model.tie()
     return model
 

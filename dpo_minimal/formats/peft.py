@@ -55,6 +55,9 @@ def save_adapter(model: Llama, names: list[str], folder, base_name: str = ""):
         "target_modules": sorted({path.split(".")[-1] for path in chosen}),
         "inference_mode": True,
     }
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise InputError(f"{folder} is not written: {name} holds NaN or infinite numbers")
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     with whole_folder(folder) as folder:
         write_json(folder / "adapter_config.json", config)
@@ -89,6 +92,9 @@ def load_adapter(model: Llama, folder, name: str):
                 found = "missing" if saved is None else f"of shape {list(saved.shape)}"
                 wanted = list(parameter.shape)
                 raise InputError(f"{folder}: {path}.{part} is {found}, this model needs {wanted}")
-            parameter.data.copy_(saved.read())
+            tensor = saved.read()
+            if not tensor.isfinite().all():
+                raise InputError(f"{folder}: {path}.{part} holds NaN or infinite numbers")
+            parameter.data.copy_(tensor)
     if weights:
         raise InputError(f"{folder}: {next(iter(weights))} is not part of a LoRA adapter")

@@ -80,12 +80,15 @@ def pair_of(place: str, row: dict) -> tuple[str, str, str]:
         names = ("question", "response_j", "response_k")
     else:
         names = ("instruction" if "instruction" in row else "prompt", "chosen", "rejected")
-    if names[0] not in row and "chosen" in row and "rejected" in row:  # HH-RLHF
-        return split_dialogue(place, row["chosen"], row["rejected"])
-    for name in names:
+    is_dialogue = names[0] not in row and "chosen" in row and "rejected" in row  # HH-RLHF
+    if is_dialogue:
+        names = ("chosen", "rejected")
+    for name in (*names, "input") if row.get("input") else names:
         if not isinstance(row.get(name), str):
             found = f"is {type(row[name]).__name__}, not text" if name in row else "is missing"
             raise InputError(f"{place}: the field {name!r} {found}; fields are {', '.join(row)}")
+    if is_dialogue:
+        return split_dialogue(place, row["chosen"], row["rejected"])
     prompt, chosen, rejected = (row[name] for name in names)
     if row.get("input"):  # the material that an instruction is about
         prompt = f"{prompt}\n{row['input']}"
