@@ -16,7 +16,7 @@ from dpo_minimal.batches import packed_batch, packed_order, pair_batch, pair_ord
 from dpo_minimal.checkpoint import load_adapter, load_llama, save_adapter, save_llama
 from dpo_minimal.data import encode_pairs, keep_fitting
 from dpo_minimal.evaluate import evaluate_pairs, one_epoch
-from dpo_minimal.extras import large, parallel, report
+from dpo_minimal.extras import large, parallel, preflight, report, signals
 from dpo_minimal.extras.command_line import run_command
 from dpo_minimal.extras.machine import peak_memory_gb
 from dpo_minimal.files import whole_file, write_json
@@ -56,6 +56,7 @@ def main():
     if run.is_due("pretrain"):
         pretrain(run)
     if not any(map(run.is_due, ("sft", "dpo", "evaluate"))):
+        tell(f"done      {run.out}: every stage that was asked for is finished")
         return
     tokenizer = load_tokenizer(run.model_folder)
     data = args.data or run.out / "data"
@@ -66,6 +67,7 @@ def main():
     held_out = encode_pairs(tokenizer, splits.evaluation, max_length, "held-out pairs", tell)
     quantize = None if args.no_quantize else "nf4"
     model = load_llama(run.model_folder, run.device, run.dtype, quantize)
+    preflight.check_fit(run.model_folder, tokenizer, model.config, max_length, tell)
     dtype = str(run.dtype).removeprefix("torch.")
     kind = f"{quantize or 'not quantized'}, {dtype} on {run.device}"
     tell(f"model     {run.model_folder}, {kind}, peak memory {peak_memory_gb():.2f} GB so far")
@@ -118,7 +120,8 @@ def train_stage(run: Run, model, stage: Stage, settings):
     if run.args.compile:
         for block in model.model.layers:
             block.compile()
-    train(model, stage, settings, run.out, resume=run.args.resume)
+    with signals.caught() as asked:
+        train(model, stage, settings, run.out, resume=run.args.resume, asked=asked)
 
 
 def pretrain(run: Run):

@@ -1,5 +1,6 @@
 """Files that are whole or not there: each is written beside its place and renamed into it."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -58,8 +59,23 @@ def read_json(path) -> dict:
         value = json.loads(Path(path).read_text("utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not a JSON file ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not a JSON file that can be read ({error})") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object")
     return value
+
+
+def write_sealed(path, data: bytes):
+    """Write bytes behind their SHA-256, so that `read_sealed` notices any damage."""
+    with whole_file(path) as file:
+        file.write(hashlib.sha256(data).digest())
+        file.write(data)
+
+
+def read_sealed(path) -> bytes:
+    """What `write_sealed` wrote; InputError if a byte of it has changed."""
+    data = Path(path).read_bytes()
+    if hashlib.sha256(data[32:]).digest() != data[:32]:
+        raise InputError(f"{path}: damaged; delete it, and --resume begins the stage again")
+    return data[32:]

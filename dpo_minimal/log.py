@@ -60,8 +60,12 @@ def rewind(path: Path, stage: str, step: int):
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     kept = ""
     for line in lines:
-        row = json.loads(line) if line.endswith("}") else None
-        if row and (row["stage"] != stage or row["step"] < step):
+        try:
+            row = json.loads(line)
+            keep = row["stage"] != stage or row["step"] < step
+        except (ValueError, KeyError, TypeError):
+            continue
+        if keep:
             kept += f"{line}\n"
     with whole_file(path) as file:
         file.write(kept.encode())

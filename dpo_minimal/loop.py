@@ -17,7 +17,7 @@ import torch
 from dpo_minimal import InputError
 from dpo_minimal.batches import Order
 from dpo_minimal.extras import parallel
-from dpo_minimal.files import whole_file
+from dpo_minimal.files import read_sealed, write_sealed
 from dpo_minimal.log import Log
 
 
@@ -75,19 +75,18 @@ def learning_rate(step: int, steps: int, settings: Settings) -> float:
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def train(model, stage: Stage, settings: Settings, folder, resume: bool = False):
+def train(model, stage: Stage, settings: Settings, folder, resume: bool = False, asked=()):
     """Train the model's trainable parameters; write folder/metrics.jsonl and folder/state/.
 
-    resume: go on from the stage's saved state, if there is one.
+    resume: go on from a saved state. asked: once it holds something, the running step is the last.
     """
     folder, num_batches = Path(folder), stage.order.num_batches(settings.batch_size)
-    steps = count_steps(settings, num_batches)
+    steps, epoch = count_steps(settings, num_batches), steps_per_epoch(settings, num_batches)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=settings.weight_decay, fused=True)
     state_path = folder / "state" / f"{stage.name}.pt"
     first_step, num_tokens, place = start(state_path, model, optimizer, stage.tables, resume)
-    log_path = folder / "metrics.jsonl"
-    log = Log(log_path, stage.name, first_step, steps, steps_per_epoch(settings, num_batches))
+    log = Log(folder / "metrics.jsonl", stage.name, first_step, steps, epoch)
     draw = stage.order.batches(settings.batch_size, place)
     model.train()
     for step in range(first_step, steps):
@@ -97,7 +96,6 @@ def train(model, stage: Stage, settings: Settings, folder, resume: bool = False)
         rate = learning_rate(step, steps, settings)
         for group in optimizer.param_groups:
             group["lr"] = rate
-
         batches, place = next_batches(draw, settings.grad_accum, stage.collate)
         # Over all batches and processes, so that 4 batches of 1 give the gradient of 1 batch of 4.
         count = parallel.total(sum(batch.count for batch in batches))
@@ -118,10 +116,13 @@ def train(model, stage: Stage, settings: Settings, folder, resume: bool = False)
         num_tokens += tokens
         speed = round(tokens / (time.perf_counter() - started), 1)
         log.write(step, **metrics, num_tokens=num_tokens, tokens_per_second=speed)
-        if settings.save_every and (step + 1) % settings.save_every == 0 and parallel.first():
-            save_state(
-                state_path, model, optimizer, stage.tables, progress=(step + 1, num_tokens, place)
-            )
+        stop = parallel.total(len(asked)) > 0
+        save_is_due = settings.save_every and (step + 1) % settings.save_every == 0
+        if parallel.first() and (stop or save_is_due):
+            progress = (step + 1, num_tokens, place)
+            save_state(state_path, model, optimizer, stage.tables, progress)
+        if stop:
+            raise KeyboardInterrupt(f"{stage.name}: stopped at step {step + 1}; --resume goes on")
     if stage.evaluate:
         log.write(steps, prefix="eval_", **stage.evaluate(model))
 
@@ -188,16 +189,16 @@ def save_state(path: Path, model, optimizer, tables, progress):
     path.parent.mkdir(parents=True, exist_ok=True)
     data = io.BytesIO()
     torch.save(state, data)  # into memory first: torch words a full disk as an error of its own
-    with whole_file(path) as file:
-        file.write(data.getbuffer())
+    write_sealed(path, data.getvalue())
 
 
 def load_state(path: Path, model, optimizer, tables):
     """Put a saved state back into the model, optimizer, tables and torch; returns its progress.
 
-    InputError if its tables have other sizes: then the data are not those of the interrupted run.
+    InputError if it is damaged, or if its tables have other sizes: then the data are not those of
+    the interrupted run.
     """
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = torch.load(io.BytesIO(read_sealed(path)), map_location="cpu", weights_only=True)
     for name, table in tables.items():
         saved = state["tables"][name]
         if saved.shape != table.shape:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from dpo_minimal import InputError
-from dpo_minimal.extras import lock, parallel
+from dpo_minimal.extras import digest, lock, parallel
 from dpo_minimal.extras.command_line import real, refuse, whole
 from dpo_minimal.extras.compiled import check_compiler
 from dpo_minimal.files import read_json, write_json
@@ -91,7 +91,9 @@ def saved_flags(out: Path, resume: bool, stage: str | None) -> dict:
     """The flags of an earlier command on this folder that hold on unless a flag says otherwise."""
     if not (resume or stage) or not (out / "config.json").exists():
         return {}
-    saved = read_json(out / "config.json")["arguments"]
+    saved = read_json(out / "config.json").get("arguments")
+    if not isinstance(saved, dict) or "stage" not in saved:
+        raise InputError(f"{out / 'config.json'} is not that of a run: give --out another folder")
     left_out = {"stage", "resume", "out"}
     if not resume and saved["stage"] not in (None, stage):
         left_out |= STAGE_FLAGS
@@ -190,6 +192,14 @@ class Run:
         lock.hold(self.out.absolute())
         check_folder(self.out, self.args)  # another run may have come and gone since the first time
         (self.out / "state").mkdir(exist_ok=True)
+        for stage, product in PRODUCTS.items():
+            if (self.out / product).exists():  # a kill may have come between the two
+                (self.out / "state" / f"{stage}.pt").unlink(missing_ok=True)
+        data = digest.of_files(self.args.data, self.args.eval_data)
+        path = self.out / "config.json"
+        earlier = read_json(path) if self.args.resume and path.exists() else {}
+        if earlier.get("data", data) != data:
+            raise InputError(f"{self.out}: the data changed since this run began; see --data")
         on_gpu = self.device.startswith("cuda")
         record = {
             "arguments": vars(self.args),
@@ -197,9 +207,10 @@ class Run:
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
             "dtype": str(self.dtype),
+            "data": data,
             "process": {"id": os.getpid(), "host": platform.node()},
         }
-        write_json(self.out / "config.json", record)
+        write_json(path, record)
 
 
 def read_run(description: str) -> Run:

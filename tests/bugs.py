@@ -320,12 +320,12 @@ def pair_swapped(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *opti
     "test_loop.py::test_the_logged_loss_is_that_of_all_micro_batches",
     "test_loop.py::test_four_batches_of_one_are_one_batch_of_four",
 )
-def accumulation_unscaled(model, stage, settings, folder, resume=False):
+def accumulation_unscaled(model, stage, settings, folder, resume=False, asked=()):
     def collate_unscaled(rows):  # the sum of the micro-batches' means, not their mean
         batch = stage.collate(rows)
         return replace(batch, count=batch.count / settings.grad_accum)
 
-    train_loop(model, replace(stage, collate=collate_unscaled), settings, folder, resume)
+    train_loop(model, replace(stage, collate=collate_unscaled), settings, folder, resume, asked)
 
 
 @bug(

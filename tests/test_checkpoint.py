@@ -1,5 +1,6 @@
 """Files: safetensors by hand, model folders, adapter folders, Meta's layout, training state."""
 
+import io
 import json
 import pickle
 import shutil
@@ -13,7 +14,7 @@ from helpers import fill_adapter, quantize_model, random_tokens, tiny_llama
 
 from dpo_minimal import InputError
 from dpo_minimal.checkpoint import load_adapter, load_llama, save_adapter, save_llama
-from dpo_minimal.files import whole_file, whole_folder
+from dpo_minimal.files import read_sealed, whole_file, whole_folder
 from dpo_minimal.formats import huggingface
 from dpo_minimal.formats.safetensors import open_safetensors, write_safetensors
 from dpo_minimal.loop import load_state, save_state
@@ -718,4 +719,5 @@ def test_a_state_holds_what_is_trained_and_no_frozen_weight(tmp_path):
     save_state(tmp_path / "state.pt", model, optimizer, tables={}, progress=(0, 0, (0, 0)))
     layers = [f"model.layers.{i}.self_attn.{m}_proj" for i in range(2) for m in "qv"]
     names = [f"{layer}.adapters.dpo.lora_{x}" for layer in layers for x in "AB"]
-    assert list(torch.load(tmp_path / "state.pt")["trained"]) == names
+    saved = torch.load(io.BytesIO(read_sealed(tmp_path / "state.pt")))
+    assert list(saved["trained"]) == names

@@ -51,7 +51,7 @@ class Recorder:
         patch.setattr(run, "check_compiler", lambda device: None)  # there may be none here
         patch.setattr(torch.nn.Module, "compile", lambda block: self.compiled.append(block))
 
-    def train(self, right, model, stage, settings, folder, resume=False):
+    def train(self, right, model, stage, settings, folder, resume=False, asked=()):
         layers = lora_layers(model)
         trained = [path for path, layer in layers.items() if stage.name in layer.adapters]
         adapters = [layers[path].adapters[stage.name] for path in trained]
@@ -77,7 +77,7 @@ class Recorder:
             sizes.append(len(rows))
             return stage.collate(rows)
 
-        right(model, replace(stage, collate=collate), settings, folder, resume)
+        right(model, replace(stage, collate=collate), settings, folder, resume, asked)
 
     def loss(self, right, *logps, beta, label_smoothing, kind):
         self.losses.append((beta, label_smoothing, kind))

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_minimal import InputError, generate
+from dpo_minimal import InputError
+from dpo_minimal.extras import ask
 from dpo_minimal.run import make_parser
 
 ROOT = Path(__file__).parents[1]
@@ -120,7 +121,7 @@ def understood(words):
     if words[:2] == ["python", "train.py"]:
         return parses(make_parser(""), words[2:])
     if words[:3] == ["python", "-m", "dpo_minimal.generate"]:
-        return parses(generate.make_parser(), words[3:])
+        return parses(ask.make_parser(), words[3:])
     if words[0] == "pytest":
         return all((ROOT / w.split("::")[0]).exists() for w in words[1:] if not w.startswith("-"))
     if words[0] == "python":

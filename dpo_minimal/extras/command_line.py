@@ -58,6 +58,6 @@ def run_command(main):
             f"error: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr
         )
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "stopped", file=sys.stderr)
         raise SystemExit(130) from None

@@ -235,4 +235,5 @@ def copy_tokenizer(source, folder):
     """Copy what makes a folder usable beside its weights: tokenizer and generation settings."""
     for pattern in ("tokenizer*", "special_tokens_map.json", "generation_config.json", "*.jinja"):
         for path in Path(source).glob(pattern):
-            shutil.copy(path, folder)
+            if path.is_file():
+                shutil.copy(path, folder)

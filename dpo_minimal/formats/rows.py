@@ -67,6 +67,8 @@ def parse_json(path, text: str, first_line: int):
     except json.JSONDecodeError as error:
         place = f"{path}, line {first_line + error.lineno - 1}, column {error.colno}"
         raise InputError(f"{place}: broken JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:  # numbers too long, or nested too deep
+        raise InputError(f"{path}, line {first_line}: cannot be read ({error})") from None
 
 
 # --- rows to pairs ----------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """A Hugging Face `tokenizer.json`, behind the interface of `tokenizer.Tokenizer`."""
 
-import json
 from pathlib import Path
 
 from dpo_minimal import InputError
+from dpo_minimal.files import read_json
 
 
 class JsonTokenizer:
@@ -30,9 +30,9 @@ class JsonTokenizer:
         """The id of `bos_token` or `eos_token`, a string or {"content": string} in the settings."""
         path, number = folder / "tokenizer_config.json", None
         if path.exists():
-            token = json.loads(path.read_text("utf-8")).get(name)
-            text = token["content"] if isinstance(token, dict) else token
-            number = self.model.token_to_id(text) if text else None
+            token = read_json(path).get(name)
+            text = token.get("content") if isinstance(token, dict) else token
+            number = self.model.token_to_id(text) if isinstance(text, str) else None
         if number is None:
             raise InputError(f"{path}: no {name} that the tokenizer.json knows")
         return number

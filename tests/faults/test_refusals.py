@@ -13,9 +13,10 @@ import torch
 from test_train import command, preference_rows, refuse, write_rows
 
 import train
-from dpo_minimal import InputError, generate
+from dpo_minimal import InputError
 from dpo_minimal.batches import pair_order
 from dpo_minimal.data import EncodedPair
+from dpo_minimal.extras import ask
 from dpo_minimal.extras.command_line import real, run_command, whole
 from dpo_minimal.files import whole_file
 from dpo_minimal.formats.huggingface import load_llama, save_llama
@@ -92,7 +93,7 @@ def test_a_flag_of_generate_without_sense_is_refused(capsys, monkeypatch, model_
     words = ["generate", "--model", str(model_folder), "--prompt", "Is it?", *flags.split(" ")]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as caught:
-        run_command(generate.main)
+        run_command(ask.main)
     err = capsys.readouterr().err
     assert caught.value.code == 2 and err.count("\n") == 1 and flags.split(" ")[0] in err
 

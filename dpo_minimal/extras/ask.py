@@ -1,0 +1,62 @@
+"""The command line of generate.py: ask a model a question, or converse with it.
+
+    python -m dpo_minimal.generate --model DIR [--adapter DIR] --prompt TEXT
+
+Without --prompt it converses: each line is a new question.
+"""
+
+import argparse
+
+import torch
+
+from dpo_minimal.checkpoint import load_adapter, load_llama
+from dpo_minimal.extras.command_line import real, refuse, whole
+from dpo_minimal.generate import generate
+from dpo_minimal.tokenizer import load_tokenizer
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(description="Ask a model.")
+    parser.error = refuse
+    parser.add_argument("--model", required=True, help="model folder, Hugging Face or Meta layout")
+    parser.add_argument("--adapter", help="adapter folder, such as runs/forum/dpo")
+    parser.add_argument("--prompt", help="the question; without it, read questions line by line")
+    parser.add_argument("--max-new-tokens", type=whole(1), default=128)
+    parser.add_argument("--temperature", type=real(low=0, high=1e3), default=0.0, help="0: greedy")
+    parser.add_argument("--top-p", type=real(above=0, high=1), default=1.0)
+    parser.add_argument("--seed", type=whole(0, 2**63 - 1), default=0)
+    parser.add_argument("--no-quantize", action="store_true", help="even under an adapter")
+    return parser
+
+
+def main():
+    """The command line."""
+    args = make_parser().parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    # An adapter belongs on the 4-bit base that it was trained over; a merged folder has none.
+    quantize = "nf4" if args.adapter and not args.no_quantize else None
+    model = load_llama(args.model, device, dtype, quantize)
+    if args.adapter:
+        load_adapter(model, args.adapter, "adapter")
+    tokenizer = load_tokenizer(args.model)
+
+    def answer(question):
+        sampling = dict(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
+        return generate(model, tokenizer, question, args.max_new_tokens, **sampling)
+
+    if args.prompt is not None:
+        print(answer(args.prompt))
+        return
+    print("Ask a question; an empty line or Ctrl-D ends.")
+    while question := read_line():
+        print(answer(question))
+
+
+def read_line() -> str:
+    """A line from the terminal, empty at its end."""
+    try:
+        return input("> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        return ""
