@@ -16,7 +16,7 @@ import train
 from dpo_minimal import InputError
 from dpo_minimal.batches import pair_order
 from dpo_minimal.data import EncodedPair
-from dpo_minimal.extras import ask
+from dpo_minimal.extras import ask, lock
 from dpo_minimal.extras.command_line import real, run_command, whole
 from dpo_minimal.files import whole_file
 from dpo_minimal.formats.huggingface import load_llama, save_llama
@@ -272,3 +272,23 @@ def test_of_two_runs_in_one_folder_one_runs_and_the_other_says_who_does(
     assert holder in errors[loser] or "is not empty" in errors[loser] or "another" in errors[loser]
     steps = (tmp_path / "run" / "metrics.jsonl").read_text().count('"loss"')
     assert steps == 2 * 2
+
+
+def test_resuming_a_run_that_is_still_at_work_is_refused_until_it_dies(
+    tmp_path, capsys, model_folder, data
+):
+    pytest.importorskip("fcntl", reason="folders are not locked on Windows")
+    out = tmp_path / "run"
+    flags = ["--model", model_folder, "--data", data, *FEW, "--max-steps", 5000, "--epochs", 999]
+    words = list(map(str, [sys.executable, ROOT / "train.py", *flags, "--out", out]))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    while "step " not in process.stdout.readline():
+        assert process.poll() is None
+    rows = (out / "metrics.jsonl").read_text()
+    err = refuse(capsys, "--out", out, "--resume")
+    assert f"{out}: process {process.pid} on" in err and "at work here" in err
+    process.kill()  # the lock needs no farewell
+    process.communicate()
+    assert (out / "metrics.jsonl").read_text().startswith(rows)  # nobody has rewound it
+    lock.hold(out.absolute())
