@@ -7,6 +7,7 @@ from statistics import mean
 import torch
 
 from dpo_minimal.batches import answer_rows, pair_order
+from dpo_minimal.extras import progress
 from dpo_minimal.lora import active_adapters
 from dpo_minimal.loss import dpo_loss, reward_metrics, sequence_logps
 from dpo_minimal.reference import known_reference_logps, pair_logps
@@ -62,6 +63,7 @@ def kl_estimate(model, reference, prompts, answers, device, batch_size=16) -> fl
     training, ratios = model.training, []
     model.eval()  # dropout would count as a difference
     for at in range(0, len(prompts), batch_size):
+        progress.show("KL of samples", at, len(prompts), "answers")
         span = slice(at, at + batch_size)
         examples = list(zip(prompts[span], answers[span], strict=True))
         tokens, loss_mask = answer_rows(examples, device)

@@ -7,6 +7,7 @@ import torch
 
 from dpo_minimal.batches import pad
 from dpo_minimal.data import format_prompt
+from dpo_minimal.extras import progress
 
 
 def choose(logits, temperature: float, top_p: float, generator):
@@ -46,6 +47,7 @@ def sample(
     unfinished = set(range(len(rows)))
     room = model.config.max_position_embeddings - tokens.shape[1]
     for step in range(min(max_new_tokens, room)):
+        progress.show(f"sampling {len(rows)} answers", step, max_new_tokens, "tokens at most")
         logits = model.lm_head(hidden).float().cpu()  # [B, V]
         chosen = choose(logits, temperature, top_p, generator)  # [B]
         for i in unfinished:

@@ -8,6 +8,7 @@ a table of its own.
 import torch
 
 from dpo_minimal.batches import pair_batch
+from dpo_minimal.extras import progress
 from dpo_minimal.lora import active_adapters
 from dpo_minimal.loss import preference_logps
 
@@ -54,6 +55,7 @@ def pair_logps(model, pairs, batches, device, of_batch=None) -> torch.Tensor:
     """
     of_batch = of_batch or batch_logps
     logps = new_table(len(pairs))
-    for indices in batches:
+    for done, indices in enumerate(batches):
+        progress.show("log-probabilities of pairs", done, len(batches), "batches")
         logps[indices] = of_batch(model, pair_batch(pairs, indices, device))
     return logps

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from dpo_minimal import InputError
+from dpo_minimal.extras import progress
 from dpo_minimal.files import read_json, whole_folder, write_json
+from dpo_minimal.formats.bounds import ROPE_BOUNDS, check_bounds
 from dpo_minimal.formats.meta import is_meta_folder, open_meta_folder
 from dpo_minimal.formats.safetensors import LazyTensor, open_safetensors, write_safetensors
 from dpo_minimal.llama import Llama, LlamaConfig
@@ -48,17 +50,18 @@ def parse_config(config: dict) -> LlamaConfig:
     key = "rope_parameters" if given.get("rope_parameters") else "rope_scaling"  # new, old
     rope = given.pop(key, None) or {}
     default_theta = LlamaConfig.rope_theta
-    given["rope_theta"] = rope.get("rope_theta") or given.get("rope_theta") or default_theta
     given["rope_scaling"] = read_rope_scaling(key, rope)
+    given["rope_theta"] = rope.get("rope_theta") or given.get("rope_theta") or default_theta
     names = {field.name for field in fields(LlamaConfig)}
     for key, value in given.items():
         if key in ONLY:
-            refused = value != ONLY[key]
+            refused = value != ONLY[key] and (value is not None or key == "model_type")
         else:
             # A key that is switched off (None, False, 0) or a private note asks for nothing.
             refused = value and not key.startswith("_") and key not in names | NO_EFFECT
         if refused:
             raise InputError(f"config.json asks for {key} = {value!r}: not implemented here")
+    check_bounds(given)
     try:
         return LlamaConfig(**{key: value for key, value in given.items() if key in names})
     except TypeError as error:  # "missing 1 required positional argument: 'hidden_size'"
@@ -67,6 +70,9 @@ def parse_config(config: dict) -> LlamaConfig:
 
 def read_rope_scaling(key: str, rope: dict) -> dict | None:
     """Llama 3's scaling out of a config's rope settings, None for none, InputError for others."""
+    if not isinstance(rope, dict):
+        raise InputError(f"config.json asks for {key} = {rope!r}: not implemented here")
+    check_bounds(rope, ROPE_BOUNDS)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     wanted = names if kind == "llama3" else ()
@@ -150,7 +156,9 @@ def load_llama(folder, device="cpu", dtype=torch.float32, quantize: str | None =
     with torch.device("meta"):
         model = Llama(config)
     check_tensors(folder, model, weights)
-    for path, module in list(model.named_modules()):
+    modules = list(model.named_modules())
+    for done, (path, module) in enumerate(modules):
+        progress.show(f"reading {folder}", done, len(modules), "modules")
         for name, _ in list(module.named_parameters(recurse=False)):
             if path == "lm_head" and config.tie_word_embeddings:
                 continue

@@ -1,11 +1,12 @@
 """Meta's own layout of a Llama: params.json and consolidated.*.pth, translated as it is read."""
 
-import json
 from pathlib import Path
 
 import torch
 
 from dpo_minimal import InputError
+from dpo_minimal.files import read_json
+from dpo_minimal.formats.bounds import check_bounds
 from dpo_minimal.formats.safetensors import LazyTensor
 from dpo_minimal.llama import LlamaConfig
 
@@ -65,8 +66,8 @@ def open_meta_folder(folder) -> tuple[LlamaConfig, dict]:
     files = sorted(folder.glob("consolidated.*.pth"))
     if not files:
         raise InputError(f"{folder}: params.json, but no consolidated.00.pth beside it")
+    params = read_json(folder / "params.json")
     try:
-        params = json.loads((folder / "params.json").read_text("utf-8"))
         shards = [torch.load(f, map_location="cpu", weights_only=True, mmap=True) for f in files]
     except Exception as error:  # unpickling fails in many ways
         raise InputError(
@@ -119,7 +120,7 @@ def read_params(params: dict, tensors: dict) -> LlamaConfig:
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
         }
-    return LlamaConfig(
+    sizes = dict(
         vocab_size=tensors["model.embed_tokens.weight"].shape[0],
         hidden_size=params["dim"],
         intermediate_size=tensors["model.layers.0.mlp.gate_proj.weight"].shape[0],
@@ -132,3 +133,5 @@ def read_params(params: dict, tensors: dict) -> LlamaConfig:
         rope_scaling=scaling,
         tie_word_embeddings="lm_head.weight" not in tensors,
     )
+    check_bounds(sizes)
+    return LlamaConfig(**sizes)

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 
 from dpo_minimal import InputError
+from dpo_minimal.extras import progress
 from dpo_minimal.files import whole_file
 
 DTYPES = {
@@ -103,6 +104,7 @@ def write_safetensors(path, shapes: dict, dtype: torch.dtype, read):
     text += b" " * (-len(text) % 8)
     with whole_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in shapes:
+        for done, name in enumerate(shapes):
+            progress.show(f"writing {path}", done, len(shapes), "tensors")
             flat = read(name).detach().to(dtype).cpu().contiguous().flatten()
             file.write(flat.view(torch.uint8).numpy().data)
