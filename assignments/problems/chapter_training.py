@@ -197,7 +197,9 @@ stage's tables and progress=(steps done, num_tokens, place). With `stage.evaluat
 `eval_every` divides s (if it is not 0; s = 0 only if `eval_at_start`), with step=s, and always
 after the last step, with step=steps. `count_steps`, `start`, `save_state` and `Log` are given.
 `evaluation_is_due`, `next_batches` and `means` are parts of the taught loop, cut out with it: fill
-them, or write all of it in `train`. There is one process: you need nothing from `parallel`.""",
+them, or write all of it in `train`. There is one process: you need nothing from `parallel`. No
+points hang on `asked` (Ctrl-C: finish the step, save the state, raise KeyboardInterrupt) and
+`stop_unless_finite` (given), but with them your loop loses nothing.""",
     checks=(
         Check(
             *("shape", 1, "training", training_inputs(3), expect_training("w", "steps")),

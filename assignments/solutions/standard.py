@@ -86,7 +86,7 @@ def dequantize_nf4(quantized):
 
 
 @answers("dpo_minimal/loop.py", "train")
-def train(model, stage, settings, folder, resume=False):
+def train(model, stage, settings, folder, resume=False, asked=()):
     folder, num_batches = Path(folder), stage.order.num_batches(settings.batch_size)
     steps = count_steps(settings, num_batches)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -123,8 +123,10 @@ def train(model, stage, settings, folder, resume=False):
         means |= {"grad_norm": float(norm), "learning_rate": rate, "num_tokens": num_tokens}
         speed = tokens / (time.perf_counter() - started)
         log.write(step, tokens_per_second=speed, **means)
-        if settings.save_every and (step + 1) % settings.save_every == 0:
+        if asked or settings.save_every and (step + 1) % settings.save_every == 0:
             progress = step + 1, num_tokens, place
             save_state(state_path, model, optimizer, stage.tables, progress)
+        if asked:
+            raise KeyboardInterrupt(f"stopped at step {step + 1}")
     if stage.evaluate:
         log.write(steps, prefix="eval_", **stage.evaluate(model))
