@@ -71,9 +71,6 @@ def read_pairs(path, log=print):
         log(f"{path}: dropped {line}")
 
 
-# --- pairs to splits --------------------------------------------------------------------------
-
-
 class Splits(NamedTuple):
     """The pairs for SFT (which learns their chosen answers), for DPO, and for evaluation."""
 

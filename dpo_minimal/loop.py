@@ -116,15 +116,15 @@ def train(model, stage: Stage, settings: Settings, folder, resume: bool = False,
         num_tokens += tokens
         speed = round(tokens / (time.perf_counter() - started), 1)
         log.write(step, **metrics, num_tokens=num_tokens, tokens_per_second=speed)
-        stop = parallel.total(len(asked)) > 0
-        save_is_due = settings.save_every and (step + 1) % settings.save_every == 0
-        if parallel.first() and (stop or save_is_due):
-            progress = (step + 1, num_tokens, place)
+        progress = (step + 1, num_tokens, place)
+        if parallel.total(len(asked)):
+            save_and_stop(state_path, model, optimizer, stage, progress)
+        if settings.save_every and (step + 1) % settings.save_every == 0 and parallel.first():
             save_state(state_path, model, optimizer, stage.tables, progress)
-        if stop:
-            raise KeyboardInterrupt(f"{stage.name}: stopped at step {step + 1}; --resume goes on")
     if stage.evaluate:
         log.write(steps, prefix="eval_", **stage.evaluate(model))
+    if parallel.total(len(asked)):  # during that evaluation
+        save_and_stop(state_path, model, optimizer, stage, (steps, num_tokens, place))
 
 
 def evaluation_is_due(step: int, settings: Settings) -> bool:
@@ -152,10 +152,7 @@ def means(sums: dict, count: int) -> dict[str, float]:
 
 
 def stop_unless_finite(stage: str, step: int, metrics: dict, batches):
-    """InputError if the loss or the gradient's norm is NaN or infinite.
-
-    It comes before the optimizer's step, so the weights and the last saved state stay good.
-    """
+    """InputError if the loss or the gradient's norm is not finite, before a step uses them."""
     for name in ("loss", "grad_norm"):
         if not math.isfinite(metrics[name]):
             pairs = [i for batch in batches for i in batch.indices or ()]
@@ -190,6 +187,13 @@ def save_state(path: Path, model, optimizer, tables, progress):
     data = io.BytesIO()
     torch.save(state, data)  # into memory first: torch words a full disk as an error of its own
     write_sealed(path, data.getvalue())
+
+
+def save_and_stop(path: Path, model, optimizer, stage: Stage, progress):
+    """Save the state of a stage that was asked to stop, then raise KeyboardInterrupt."""
+    if parallel.first():
+        save_state(path, model, optimizer, stage.tables, progress)
+    raise KeyboardInterrupt(f"{stage.name}: stopped at step {progress[0]}; --resume goes on")
 
 
 def load_state(path: Path, model, optimizer, tables):

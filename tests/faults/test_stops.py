@@ -77,6 +77,25 @@ def test_a_signal_lets_the_step_finish_saves_a_state_and_loses_nothing(
     assert list((out / "state").iterdir()) == []
 
 
+def test_a_signal_in_the_last_evaluation_stops_the_run_before_the_next_stage(
+    tmp_path, flags, monkeypatch, whole_run
+):
+    out, write = tmp_path / "run", loop.Log.write
+
+    def signal_at_the_end(log, step, prefix="", **values):
+        if prefix and step == 12:
+            os.kill(os.getpid(), signal.SIGINT)
+        write(log, step, prefix, **values)
+
+    monkeypatch.setattr(loop.Log, "write", signal_at_the_end)
+    with pytest.raises(KeyboardInterrupt, match="^dpo: stopped at step 12; --resume goes on"):
+        command(*flags, "--out", out)
+    monkeypatch.setattr(loop.Log, "write", write)
+    assert not (out / "dpo").exists() and (out / "state" / "dpo.pt").exists()
+    command("--out", out, "--resume")
+    assert_same_run(out, whole_run)
+
+
 def test_sigterm_ends_a_process_with_one_line_and_status_130(tmp_path, flags):
     words = [sys.executable, ROOT / "train.py", *flags, "--max-steps", 5000, "--epochs", 999]
     process = subprocess.Popen(
