@@ -6,6 +6,7 @@
 The stages, in order: pretrain (only without --model), sft, dpo, evaluate. Read `main` first.
 """
 
+import dpo_minimal.extras.quiet  # noqa: F401, I001 (first: Ctrl-C while the rest loads)
 import tempfile
 from functools import partial
 
@@ -16,7 +17,7 @@ from dpo_minimal.batches import packed_batch, packed_order, pair_batch, pair_ord
 from dpo_minimal.checkpoint import load_adapter, load_llama, save_adapter, save_llama
 from dpo_minimal.data import encode_pairs, keep_fitting
 from dpo_minimal.evaluate import evaluate_pairs, one_epoch
-from dpo_minimal.extras import large, parallel, preflight, report, signals
+from dpo_minimal.extras import large, parallel, preflight, progress, report, signals
 from dpo_minimal.extras.command_line import run_command
 from dpo_minimal.extras.machine import peak_memory_gb
 from dpo_minimal.files import whole_file, write_json
@@ -47,7 +48,7 @@ def main():
     """Check and read everything, then run the stages in order: each saves what the next reads."""
     run = read_run(__doc__)
     args, max_length = run.args, run.args.max_length
-    check_targets(run)
+    preflight.check_targets(read_config(args.model) if args.model else TINY_LLAMA, args)
     if run.on_forum:
         run.start()
         if parallel.first() and not (run.out / "data").exists():
@@ -67,10 +68,7 @@ def main():
     held_out = encode_pairs(tokenizer, splits.evaluation, max_length, "held-out pairs", tell)
     quantize = None if args.no_quantize else "nf4"
     model = load_llama(run.model_folder, run.device, run.dtype, quantize)
-    preflight.check_fit(run.model_folder, tokenizer, model.config, max_length, tell)
-    dtype = str(run.dtype).removeprefix("torch.")
-    kind = f"{quantize or 'not quantized'}, {dtype} on {run.device}"
-    tell(f"model     {run.model_folder}, {kind}, peak memory {peak_memory_gb():.2f} GB so far")
+    preflight.check_model(run, model, tokenizer, tell)
     if not run.on_forum:
         run.start()
     if run.is_due("sft"):
@@ -92,13 +90,6 @@ def tell(text: str):
         print(text, flush=True)
 
 
-def check_targets(run: Run):
-    """InputError for an unknown --target-modules, before any work is done."""
-    config = read_config(run.args.model) if run.args.model else TINY_LLAMA
-    with torch.device("meta"):
-        add_adapter(Llama(config), "trial", targets=run.args.target_modules)
-
-
 def add_run_adapter(run: Run, model, name: str):
     """Add an adapter with the run's settings, initialized from the seed alone."""
     torch.manual_seed(run.args.seed)
@@ -113,14 +104,15 @@ def add_run_adapter(run: Run, model, name: str):
     )
 
 
-def train_stage(run: Run, model, stage: Stage, settings):
-    """Set up the model as the flags say, then train it."""
+def train_stage(run: Run, model, stage: Stage, examples, settings):
+    """Set up the model as the flags say, tell what is about to happen, then train it."""
     model.gradient_checkpointing = run.args.gradient_checkpointing
     keep_weights(model, keep=run.args.gradient_checkpointing)
     if run.args.compile:
         for block in model.model.layers:
             block.compile()
-    with signals.caught() as asked:
+    preflight.tell_plan(run, model, stage, examples, settings, tell)
+    with progress.watched(model.model.layers, run.args.compile), signals.caught() as asked:
         train(model, stage, settings, run.out, resume=run.args.resume, asked=asked)
 
 
@@ -147,11 +139,9 @@ def train_packed(run: Run, name: str, model, texts, window: int):
     window: how many texts are packed together.
     """
     order = packed_order(texts, run.args.max_length, window, run.args.seed)
-    rows = f"{len(texts)} texts in {order.num_rows()} rows of up to {run.args.max_length} tokens"
-    tell(f"{name:9} {rows}")
     collate = partial(packed_batch, texts, device=run.device)
     stage = Stage(name, token_objective, order, collate)
-    train_stage(run, model, stage, run.settings_for(name, order.num_rows()))
+    train_stage(run, model, stage, texts, run.settings_for(name, order.num_rows()))
 
 
 def token_objective(model, batch):
@@ -174,7 +164,7 @@ def dpo(run: Run, model, pairs, held_out):
 
     pairs, held_out: sequences of EncodedPairs.
     """
-    tell(f"dpo       {len(pairs)} pairs, {len(held_out)} held out")
+    tell(f"dpo       {len(held_out):,} pairs are held out")
     add_run_adapter(run, model, "dpo")
     args, settings = run.args, run.settings_for("dpo", len(pairs))
     tables = {"training": new_table(len(pairs)), "held-out": new_table(len(held_out))}
@@ -209,7 +199,7 @@ def dpo(run: Run, model, pairs, held_out):
     order = pair_order(pairs, settings.batch_size, args.seed)
     collate = partial(pair_batch, pairs, device=run.device)
     stage = Stage("dpo", objective, order, collate, evaluate_held_out, tables)
-    train_stage(run, model, stage, settings)
+    train_stage(run, model, stage, pairs, settings)
     both = ["sft", "dpo"]
     run.finish("dpo", lambda: save_adapter(model, both, run.out / "dpo", str(run.model_folder)))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dpo_minimal.extras import parallel
 from dpo_minimal.extras.machine import peak_memory_gb
+from dpo_minimal.extras.progress import duration
 from dpo_minimal.files import whole_file
 
 
@@ -51,7 +52,7 @@ class Log:
         if not prefix:
             done = step + 1 - self.first_step
             left = (now - self.started) / done * (self.steps - step - 1)
-            text += f"  {row['tokens_per_second']:,.0f} tokens/s  {left:.0f} s left"
+            text += f"  {row['tokens_per_second']:,.0f} tokens/s  {duration(left)} left"
         print(text, flush=True)
 
 

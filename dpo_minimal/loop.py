@@ -16,7 +16,7 @@ import torch
 
 from dpo_minimal import InputError
 from dpo_minimal.batches import Order
-from dpo_minimal.extras import parallel
+from dpo_minimal.extras import parallel, progress
 from dpo_minimal.files import read_sealed, write_sealed
 from dpo_minimal.log import Log
 
@@ -100,7 +100,8 @@ def train(model, stage: Stage, settings: Settings, folder, resume: bool = False,
         # Over all batches and processes, so that 4 batches of 1 give the gradient of 1 batch of 4.
         count = parallel.total(sum(batch.count for batch in batches))
         sums = Counter()
-        for batch in batches:
+        for done, batch in enumerate(batches):
+            progress.show(f"{stage.name} step {step + 1}", done, len(batches), "batches")
             losses, metrics = stage.objective(model, batch)
             (losses.sum() / count).backward()
             for name, values in {"loss": losses, **metrics}.items():
@@ -116,11 +117,11 @@ def train(model, stage: Stage, settings: Settings, folder, resume: bool = False,
         num_tokens += tokens
         speed = round(tokens / (time.perf_counter() - started), 1)
         log.write(step, **metrics, num_tokens=num_tokens, tokens_per_second=speed)
-        progress = (step + 1, num_tokens, place)
+        reached = (step + 1, num_tokens, place)
         if parallel.total(len(asked)):
-            save_and_stop(state_path, model, optimizer, stage, progress)
+            save_and_stop(state_path, model, optimizer, stage, reached)
         if settings.save_every and (step + 1) % settings.save_every == 0 and parallel.first():
-            save_state(state_path, model, optimizer, stage.tables, progress)
+            save_state(state_path, model, optimizer, stage.tables, reached)
     if stage.evaluate:
         log.write(steps, prefix="eval_", **stage.evaluate(model))
     if parallel.total(len(asked)):  # during that evaluation
@@ -171,15 +172,15 @@ def start(state_path: Path, model, optimizer, tables, resume: bool):
     return load_state(state_path, model, optimizer, tables)
 
 
-def save_state(path: Path, model, optimizer, tables, progress):
-    """Write all that an interrupted stage needs: weights, Adam, random state, tables, progress."""
+def save_state(path: Path, model, optimizer, tables, reached):
+    """Write all that an interrupted stage needs: weights, Adam, random state, tables, place."""
     trained = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     state = {
         "trained": trained,
         "optimizer": optimizer.state_dict(),
         "rng": torch.get_rng_state(),
         "tables": tables,
-        "progress": progress,
+        "reached": reached,
     }
     if torch.cuda.is_available():
         state["cuda_rng"] = torch.cuda.get_rng_state()
@@ -189,15 +190,15 @@ def save_state(path: Path, model, optimizer, tables, progress):
     write_sealed(path, data.getvalue())
 
 
-def save_and_stop(path: Path, model, optimizer, stage: Stage, progress):
+def save_and_stop(path: Path, model, optimizer, stage: Stage, reached):
     """Save the state of a stage that was asked to stop, then raise KeyboardInterrupt."""
     if parallel.first():
-        save_state(path, model, optimizer, stage.tables, progress)
-    raise KeyboardInterrupt(f"{stage.name}: stopped at step {progress[0]}; --resume goes on")
+        save_state(path, model, optimizer, stage.tables, reached)
+    raise KeyboardInterrupt(f"{stage.name}: stopped at step {reached[0]}; --resume goes on")
 
 
 def load_state(path: Path, model, optimizer, tables):
-    """Put a saved state back into the model, optimizer, tables and torch; returns its progress.
+    """Put a saved state back into the model, optimizer, tables and torch; returns what was reached.
 
     InputError if it is damaged, or if its tables have other sizes: then the data are not those of
     the interrupted run.
@@ -216,4 +217,4 @@ def load_state(path: Path, model, optimizer, tables):
     torch.set_rng_state(state["rng"])
     if "cuda_rng" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda_rng"])
-    return state["progress"]
+    return state["reached"]

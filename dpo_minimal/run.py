@@ -217,7 +217,7 @@ def read_run(description: str) -> Run:
     """The run that the command line asks for. InputError if its folder does not allow it."""
     parser = make_parser(description)
     args = parser.parse_args()
-    default_out = Path("runs") / (Path(args.model).name if args.model else "forum")
+    default_out = Path("runs") / (Path(args.model).resolve().name if args.model else "forum")
     out = Path(args.out or default_out)
     saved = saved_flags(out, args.resume, args.stage)
     parser.set_defaults(**(saved or (BLOG_FLAGS if args.data else FORUM_FLAGS)))

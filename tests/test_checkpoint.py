@@ -696,7 +696,7 @@ def test_a_state_brings_back_weights_adam_random_numbers_and_progress(tmp_path):
 
     step()
     known = torch.tensor([[-1.0, -2.0], [torch.nan, torch.nan]])
-    save_state(path, model, optimizer, {"training": known}, progress=(1, 14, (0, 3)))
+    save_state(path, model, optimizer, {"training": known}, reached=(1, 14, (0, 3)))
     before = values()
     step()
     after = values()
@@ -716,7 +716,7 @@ def test_a_state_brings_back_weights_adam_random_numbers_and_progress(tmp_path):
 def test_a_state_holds_what_is_trained_and_no_frozen_weight(tmp_path):
     model = adapted()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    save_state(tmp_path / "state.pt", model, optimizer, tables={}, progress=(0, 0, (0, 0)))
+    save_state(tmp_path / "state.pt", model, optimizer, tables={}, reached=(0, 0, (0, 0)))
     layers = [f"model.layers.{i}.self_attn.{m}_proj" for i in range(2) for m in "qv"]
     names = [f"{layer}.adapters.dpo.lora_{x}" for layer in layers for x in "AB"]
     saved = torch.load(io.BytesIO(read_sealed(tmp_path / "state.pt")))

@@ -457,7 +457,7 @@ def test_a_state_with_tables_of_another_size_is_refused(tmp_path):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     path = tmp_path / "state" / "dpo.pt"
     saved = {"training": new_table(10), "held-out": torch.ones(4, 2)}
-    save_state(path, model, optimizer, saved, progress=(3, 100, (0, 3)))
+    save_state(path, model, optimizer, saved, reached=(3, 100, (0, 3)))
     other = {"training": new_table(10), "held-out": new_table(5)}
     with pytest.raises(InputError) as caught:
         load_state(path, model, optimizer, other)

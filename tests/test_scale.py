@@ -323,7 +323,7 @@ def test_the_reference_is_computed_once_per_pair_and_read_in_later_epochs_and_ru
     # It comes back with the state, as a run that goes on reads it.
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     path, again = tmp_path / "dpo.pt", new_table(10)
-    save_state(path, model, optimizer, {"training": table}, progress=(9, 0, (2, 3)))
+    save_state(path, model, optimizer, {"training": table}, reached=(9, 0, (2, 3)))
     load_state(path, model, optimizer, {"training": again})
     assert torch.equal(known_reference_logps(model, batch, again), logps)
     assert again.tolist() == table.tolist() and len(computed) == 10

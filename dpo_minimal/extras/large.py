@@ -12,6 +12,7 @@ from functools import partial
 
 from dpo_minimal import InputError, data
 from dpo_minimal.data import PreferencePair
+from dpo_minimal.extras import progress
 
 # Bytes of text that are kept and tokenized at once, in memory: that takes 3 seconds and 300 MB,
 # because a token is a Python number of 36 bytes. Of more texts, tokens are made when they are
@@ -85,7 +86,8 @@ def keep(pairs, folder=None) -> Sequence[PreferencePair]:
     on_disk = PairsOnDisk(folder)
     for pair in in_memory:
         on_disk.append(pair)
-    for pair in pairs:  # goes on behind those
+    for done, pair in enumerate(pairs):  # goes on behind those
+        progress.show("reading large data", done, None, "more pairs so far")
         on_disk.append(pair)
     return on_disk
 

@@ -1,6 +1,7 @@
-"""What this machine says of a run: the memory that it took."""
+"""What this machine says of a run: the memory that it took, and the memory that there is."""
 
 import sys
+from pathlib import Path
 
 import torch
 
@@ -15,3 +16,24 @@ def peak_memory_gb() -> float:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def memory_now(device: str) -> tuple[int, int] | None:
+    """(bytes held now, bytes still free) of a device; None where the system does not say."""
+    if device.startswith("cuda"):
+        held, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+        return held, torch.cuda.mem_get_info(device)[0] + reserved - held
+    try:
+        held, free = field("/proc/self/status", "VmRSS"), field("/proc/meminfo", "MemAvailable")
+    except (OSError, StopIteration):
+        return None
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip().isdecimal():
+        free = min(free, max(0, int(limit.read_text()) - int(used.read_text())))  # a container's
+    return held, free
+
+
+def field(path: str, name: str) -> int:
+    """A field of one of Linux's files, which count in KiB, in bytes."""
+    lines = Path(path).read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))

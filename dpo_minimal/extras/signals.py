@@ -1,11 +1,15 @@
-"""Ctrl-C and SIGTERM: the running step is finished and saved; a second signal stops at once."""
+"""Ctrl-C, SIGTERM and a closed terminal: the running step is finished, and its state saved.
+
+A second signal stops at once.
+"""
 
 import signal
 import sys
 import threading
 from contextlib import contextmanager
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
 
 @contextmanager
@@ -22,7 +26,8 @@ def caught():
             raise KeyboardInterrupt
         print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
-    before = {number: signal.signal(number, handle) for number in SIGNALS}
+    wanted = [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    before = {number: signal.signal(number, handle) for number in wanted}
     try:
         yield asked
     finally:
