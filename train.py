@@ -17,7 +17,7 @@ from dpo_minimal.batches import packed_batch, packed_order, pair_batch, pair_ord
 from dpo_minimal.checkpoint import load_adapter, load_llama, save_adapter, save_llama
 from dpo_minimal.data import encode_pairs, keep_fitting
 from dpo_minimal.evaluate import evaluate_pairs, one_epoch
-from dpo_minimal.extras import large, parallel, preflight, progress, report, signals
+from dpo_minimal.extras import large, parallel, preflight, progress, report, reuse, signals
 from dpo_minimal.extras.command_line import run_command
 from dpo_minimal.extras.machine import peak_memory_gb
 from dpo_minimal.files import whole_file, write_json
@@ -28,7 +28,7 @@ from dpo_minimal.loop import Stage, train
 from dpo_minimal.lora import active_adapters, add_adapter
 from dpo_minimal.loss import dpo_loss, preference_logps, reward_metrics, sft_loss
 from dpo_minimal.nf4 import keep_weights
-from dpo_minimal.reference import known_reference_logps, new_table
+from dpo_minimal.reference import known_reference_logps
 from dpo_minimal.run import Run, read_run
 from dpo_minimal.tokenizer import load_tokenizer, train_tokenizer
 
@@ -74,11 +74,13 @@ def main():
     if run.is_due("sft"):
         sft(run, model, texts, window)
     if run.is_due("dpo"):
-        load_adapter(model, run.out / "sft", "sft")  # the saved weights, whoever trained them
+        if not args.no_sft:
+            load_adapter(model, run.out / "sft", "sft")  # the saved weights, whoever trained them
         dpo(run, model, pairs, held_out)
     parallel.leave()  # process 0 goes on alone
     if run.is_due("evaluate"):
-        load_adapter(model, run.out / "sft", "sft")
+        if not args.no_sft:
+            load_adapter(model, run.out / "sft", "sft")
         load_adapter(model, run.out / "dpo", "dpo")  # this one is sft + dpo: activate it alone
         evaluate(run, model, tokenizer, splits.evaluation)
     tell(f"done      {run.out}, peak memory {peak_memory_gb():.2f} GB")
@@ -154,8 +156,11 @@ def token_objective(model, batch):
 
 def sft(run: Run, model, texts, window: int):
     """Train the adapter `sft` on packed question/answer texts; the answers are scored."""
-    add_run_adapter(run, model, "sft")
-    train_packed(run, "sft", model, texts, window)
+    if run.args.sft_adapter:  # somebody else did
+        load_adapter(model, run.args.sft_adapter, "sft")
+    else:
+        add_run_adapter(run, model, "sft")
+        train_packed(run, "sft", model, texts, window)
     run.finish("sft", lambda: save_adapter(model, ["sft"], run.out / "sft", str(run.model_folder)))
 
 
@@ -167,7 +172,7 @@ def dpo(run: Run, model, pairs, held_out):
     tell(f"dpo       {len(held_out):,} pairs are held out")
     add_run_adapter(run, model, "dpo")
     args, settings = run.args, run.settings_for("dpo", len(pairs))
-    tables = {"training": new_table(len(pairs)), "held-out": new_table(len(held_out))}
+    tables = reuse.known_tables(run, {"training": len(pairs), "held-out": len(held_out)})
 
     def objective(model, batch):
         policy_chosen_logps, policy_rejected_logps = preference_logps(model, batch)  # [B] each
@@ -200,6 +205,7 @@ def dpo(run: Run, model, pairs, held_out):
     collate = partial(pair_batch, pairs, device=run.device)
     stage = Stage("dpo", objective, order, collate, evaluate_held_out, tables)
     train_stage(run, model, stage, pairs, settings)
+    reuse.keep_tables(run, tables)
     both = ["sft", "dpo"]
     run.finish("dpo", lambda: save_adapter(model, both, run.out / "dpo", str(run.model_folder)))
 

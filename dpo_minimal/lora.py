@@ -114,6 +114,12 @@ def add_adapter(model: nn.Module, name: str, r=8, alpha=16.0, dropout=0.0, targe
         layer.active = tuple(layer.adapters)
 
 
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of the model's adapters, in the order in which they were added."""
+    layers = lora_layers(model).values()
+    return list(dict.fromkeys(name for layer in layers for name in layer.adapters))
+
+
 @contextmanager
 def active_adapters(model: nn.Module, names):
     """Within the context only the named adapters act, where a layer has them: [] is the base.
@@ -123,7 +129,7 @@ def active_adapters(model: nn.Module, names):
     again there. ValueError for a name that no layer has, which would silently switch all off.
     """
     layers = lora_layers(model).values()
-    unknown = set(names) - {name for layer in layers for name in layer.adapters}
+    unknown = set(names) - set(adapter_names(model))
     if unknown or isinstance(names, str):
         raise ValueError(f"active_adapters: {names!r} is not a list of names that adapters have")
     before = [layer.active for layer in layers]

@@ -9,7 +9,7 @@ import torch
 
 from dpo_minimal.batches import pair_batch
 from dpo_minimal.extras import progress
-from dpo_minimal.lora import active_adapters
+from dpo_minimal.lora import active_adapters, adapter_names
 from dpo_minimal.loss import preference_logps
 
 
@@ -28,7 +28,7 @@ def batch_logps(model, batch) -> torch.Tensor:
 
 def reference_logps(model, batch) -> torch.Tensor:
     """`batch_logps` under the reference: the same model with the adapter `dpo` switched off."""
-    with active_adapters(model, ["sft"]):
+    with active_adapters(model, [name for name in adapter_names(model) if name != "dpo"]):
         return batch_logps(model, batch)
 
 

@@ -324,8 +324,8 @@ def test_what_is_no_model_folder_is_refused(tmp_path):
     (tmp_path / "model" / "model.safetensors").unlink()
     with pytest.raises(InputError, match="no model.safetensors"):
         load_llama(tmp_path / "model")
-    (tmp_path / "model" / "config.json").write_text('{"model_type": "mistral"}')
-    with pytest.raises(InputError, match="model_type = 'mistral'"):
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(InputError, match="model_type = 'gpt2'"):
         load_llama(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text('{"model_type": ')
     with pytest.raises(InputError, match="config.json: not a JSON file"):

@@ -444,7 +444,7 @@ def test_the_older_name_of_the_rope_type_is_read_too():
 @pytest.mark.parametrize(
     "key, value",
     [
-        ("model_type", "mistral"),
+        ("model_type", "gemma"),
         ("architectures", ["LlamaForSequenceClassification"]),
         ("hidden_act", "gelu"),
         ("attention_bias", True),

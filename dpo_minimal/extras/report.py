@@ -9,7 +9,7 @@ from dpo_minimal import forum
 from dpo_minimal.data import format_prompt
 from dpo_minimal.evaluate import kl_estimate
 from dpo_minimal.generate import sample_answers
-from dpo_minimal.lora import active_adapters
+from dpo_minimal.lora import active_adapters, adapter_names
 
 VARIANTS = {"base": [], "SFT": ["sft"], "DPO": ["dpo"]}  # name: active adapters
 REWARDS = [["rewards/chosen", "rewards/rejected"], ["rewards/margins"], ["rewards/accuracies"]]
@@ -20,6 +20,7 @@ COLUMNS = {
     "share_garbled": ("garbled", "{:.0%}"),
     "win_rate_against_sft": ("wins against SFT", "{:.0%}"),
     "kl_to_sft": ("KL to SFT", "{:.2f}"),
+    "kl_to_base": ("KL to base", "{:.2f}"),
     "reward_accuracy": ("reward accuracy", "{:.3f}"),
 }
 
@@ -50,6 +51,12 @@ def vote_bound(pairs) -> float:
     return mean(1 / (1 + math.exp(-abs(gap))) for gap in gaps)
 
 
+def variants(model) -> dict[str, list[str]]:
+    """Those of VARIANTS whose adapters the model has."""
+    have = set(adapter_names(model))
+    return {name: adapters for name, adapters in VARIANTS.items() if have.issuperset(adapters)}
+
+
 def compare(model, tokenizer, questions, device, max_new_tokens, seed, judged, log=print):
     """Ask base, SFT and DPO the same questions.
 
@@ -58,15 +65,16 @@ def compare(model, tokenizer, questions, device, max_new_tokens, seed, judged, l
     """
     table, greedy, sampled = {}, {}, {}
     prompts = [tokenizer.encode(format_prompt(question), bos=True) for question in questions]
-    for name, adapters in VARIANTS.items():
+    reference = [name for name in ["sft"] if name in adapter_names(model)]  # not with --no-sft
+    for name, adapters in variants(model).items():
         log(f"evaluate  {name} answers {len(questions)} held-out questions")
         with active_adapters(model, adapters):
             ids = sample_answers(model, tokenizer, questions, max_new_tokens, seed=seed)
             first = sample_answers(model, tokenizer, questions[:8], max_new_tokens, temperature=0)
-            kl = kl_estimate(model, ["sft"], prompts, ids, device)
+            kl = kl_estimate(model, reference, prompts, ids, device)
         sampled[name] = [tokenizer.decode(answer).strip() for answer in ids]
         greedy[name] = [tokenizer.decode(answer).strip() for answer in first]
-        table[name] = {"kl_to_sft": kl}
+        table[name] = {"kl_to_sft" if reference else "kl_to_base": kl}
         if judged:
             table[name] |= judge_answers(questions, sampled[name])
     if judged:

@@ -22,7 +22,12 @@ from dpo_minimal.nf4 import NF4Linear, quantize_nf4
 
 SHARD_BYTES = 5 * 10**9
 # Keys of a config.json for which one value is implemented, and keys that change no computation.
-ONLY = {"model_type": "llama", "hidden_act": "silu", "architectures": ["LlamaForCausalLM"]}
+# Mistral from 7B v0.3 on is a Llama by another name; before, it had a sliding window.
+ONLY = {
+    "model_type": ("llama", "mistral"),
+    "hidden_act": ("silu",),
+    "architectures": (["LlamaForCausalLM"], ["MistralForCausalLM"]),
+}
 NO_EFFECT = {
     "bos_token_id",
     "dtype",
@@ -47,6 +52,8 @@ def parse_config(config: dict) -> LlamaConfig:
     """A `config.json` as a LlamaConfig; InputError names what it asks for and is not here."""
     given = dict(config)
     given.setdefault("model_type", None)
+    if given["model_type"] == "mistral":  # what it means where it says nothing
+        given = {"sliding_window": 4096, "num_key_value_heads": 8} | given
     key = "rope_parameters" if given.get("rope_parameters") else "rope_scaling"  # new, old
     rope = given.pop(key, None) or {}
     default_theta = LlamaConfig.rope_theta
@@ -55,7 +62,7 @@ def parse_config(config: dict) -> LlamaConfig:
     names = {field.name for field in fields(LlamaConfig)}
     for key, value in given.items():
         if key in ONLY:
-            refused = value != ONLY[key] and (value is not None or key == "model_type")
+            refused = value not in ONLY[key] and (value is not None or key == "model_type")
         else:
             # A key that is switched off (None, False, 0) or a private note asks for nothing.
             refused = value and not key.startswith("_") and key not in names | NO_EFFECT

@@ -67,7 +67,7 @@ BAD_FLAGS = [
     ("--lora-dropout -1", "--lora-dropout", "at least 0"),
     ("--lora-dropout nan", "--lora-dropout", "at least 0"),
     ("--device x", "--device x", "give cpu, cuda"),
-    ("--device mps", "--device mps", "give cpu, cuda"),
+    ("--device mps", "--device mps", "no such GPU"),
     ("--device cuda:x", "--device cuda:x", "give cpu, cuda"),
     ("--device cuda:99", "--device cuda:99", "no such GPU"),
     ("--loss simpo", "--loss", "invalid choice"),

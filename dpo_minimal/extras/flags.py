@@ -1,0 +1,86 @@
+"""The flags of train.py, and which of them make sense together."""
+
+import argparse
+
+import torch
+
+from dpo_minimal import InputError
+from dpo_minimal.extras.command_line import real, refuse, whole
+from dpo_minimal.extras.presets import PRESETS
+from dpo_minimal.loss import LOSSES
+
+STAGES = ("pretrain", "sft", "dpo", "evaluate")
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """The flags of train.py, by their names in the field."""
+    lines_kept, on_off = argparse.RawTextHelpFormatter, argparse.BooleanOptionalAction
+    parser = argparse.ArgumentParser(description=description, formatter_class=lines_kept)
+    parser.error = refuse
+    files = parser.add_argument_group("files").add_argument
+    files("--model", help="model folder; without it a tiny Llama is pretrained")
+    files("--data", help="preference file or folder; without it the embedded forum")
+    files("--eval-data", help="held-out pairs; without it a part of the data")
+    files("--out", help="run folder (runs/forum, or runs/ and the model's name)")
+    files("--stage", choices=STAGES, help="run only this stage")
+    files("--resume", action="store_true", help="go on with an interrupted run")
+    files("--reuse", metavar="RUN", help="begin with that run's base, SFT and reference values")
+    files("--no-sft", action="store_true", help="DPO on the model as it is, its own reference")
+    files("--sft-adapter", metavar="DIR", help="an SFT adapter in PEFT's layout, instead of SFT")
+    files("--preset", choices=PRESETS, help="settings by name; stack-llama-2: the blog's own")
+    kinds = [f"{kind}: {(loss.__doc__ or '?').splitlines()[0]}" for kind, loss in LOSSES.items()]
+    losses = "\n".join(kinds).replace("%", "%%")  # argparse would fill in something after a %
+    dpo = parser.add_argument_group("DPO").add_argument
+    dpo("--beta", type=real(above=0), help="pull towards the reference (0.1; forum 1)")
+    dpo("--loss", choices=LOSSES, default="sigmoid", help=losses)
+    smoothing = real(low=0, below=0.5)
+    dpo("--label-smoothing", type=smoothing, default=0.0, help="cDPO: the share of wrong votes")
+    training = parser.add_argument_group("training; defaults differ by stage").add_argument
+    training("--learning-rate", type=real(above=0, high=1))
+    training("--batch-size", type=whole(1), help="pairs, or packed rows, per forward pass")
+    training("--grad-accum", type=whole(1), help="forward passes per step")
+    training("--epochs", type=real(above=0, high=1e6))
+    training("--max-steps", type=whole(1, 10**9), help="most steps of each stage")
+    training("--warmup-steps", type=whole(0), help="by default a tenth of the steps")
+    training("--eval-every", type=whole(0), help="steps between evaluations; 0: only at the end")
+    training("--save-every", type=whole(0), help="steps between saved states; 0: never")
+    training("--seed", type=whole(0, 2**63 - 1), default=0)
+    model = parser.add_argument_group("model").add_argument
+    model("--max-length", type=whole(1), help="tokens of prompt + answer (1024; forum 128)")
+    model("--lora-r", type=whole(1, 2**14), default=8)
+    model("--lora-alpha", type=real(above=0), default=16)
+    model("--lora-dropout", type=real(low=0, below=1), default=0.05)
+    model("--target-modules", help="linear layers, or all (q_proj,v_proj; forum all)")
+    model("--no-quantize", action="store_true", help="LoRA instead of QLoRA")
+    model("--dtype", choices=["float32", "bfloat16"], help="bfloat16 on a GPU, else float32")
+    model("--device", help="cuda if there is one, else cpu")
+    model("--gradient-checkpointing", action=on_off, help="less memory, more time (on; forum off)")
+    model("--compile", action="store_true", help="torch.compile each block")
+    return parser
+
+
+def check_flags(args):
+    """InputError for flags that make no sense, alone or together."""
+    if args.data and not args.model:
+        raise InputError("--data needs --model: the tiny Llama made here knows only the forum")
+    if args.stage == "pretrain" and args.model:
+        raise InputError("--stage pretrain makes the forum's own model: leave out --model")
+    if (args.no_sft or args.sft_adapter) and not args.model:
+        raise InputError("--no-sft and --sft-adapter go with --model: the forum has its own SFT")
+    if args.no_sft and (args.sft_adapter or args.stage == "sft"):
+        raise InputError("--no-sft leaves out SFT: leave out --sft-adapter and --stage sft")
+    if args.preset and (args.preset == "forum") != (args.data is None):
+        raise InputError(f"--preset {args.preset}: forum goes without --data, the others with it")
+    if args.label_smoothing and args.loss != "sigmoid":
+        raise InputError(f"--label-smoothing goes with --loss sigmoid, not {args.loss}")
+    check_device(args.device)
+
+
+def check_device(name: str | None):
+    """InputError for a device that torch does not have here."""
+    kind, _, number = (name or "cpu").partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (number and not number.isdecimal()):
+        raise InputError(f"--device {name}: give cpu, cuda, mps, or cuda: and a GPU's number")
+    found = kind != "cuda" or int(number or 0) < torch.cuda.device_count()
+    if not found or (kind == "mps" and not torch.backends.mps.is_available()):
+        raise InputError(f"--device {name}: torch finds no such GPU here")

@@ -1,0 +1,62 @@
+"""DPO once more, on top of another run's SFT: its base, its adapter, its reference values.
+
+The reference of DPO does not depend on beta, on the loss or on a learning rate. So to try others,
+nothing but DPO must be computed again.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from dpo_minimal import InputError
+from dpo_minimal.extras import digest, parallel
+from dpo_minimal.files import read_json, whole_folder
+from dpo_minimal.formats.safetensors import open_safetensors, write_safetensors
+from dpo_minimal.reference import new_table
+
+# What base, SFT, the pairs and so the reference depend on.
+FIXED = ("model", "data", "eval_data", "seed", "max_length", "dtype", "no_quantize", "no_sft")
+FOLDERS = ("base", "data", "sft")
+
+
+def begin(out: Path, source: Path, data: str):
+    """Copy what a run starts from, if it is not there yet. data: the digest of this run's data."""
+    missing = [name for name in FOLDERS if (source / name).exists() and not (out / name).exists()]
+    if not missing and (out / "sft").exists():
+        return
+    if read_json(source / "config.json").get("data") != data:
+        raise InputError(f"--reuse {source}: the data changed since that run")
+    for name in missing:
+        with whole_folder(out / name) as folder:
+            shutil.copytree(source / name, folder, dirs_exist_ok=True)
+    for tables in source.glob("reference-*.safetensors"):
+        shutil.copy(tables, out)
+
+
+def tables_path(run) -> Path:
+    """Where the reference's values are kept: the name says of which data, base and SFT they are."""
+    adapter = None if run.args.no_sft else run.out / "sft" / "adapter_model.safetensors"
+    what = [getattr(run.args, name) for name in FIXED] + [str(run.dtype), run.device]
+    what += [read_json(run.out / "config.json")["data"], digest.of_files(adapter)]
+    name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
+    return run.out / f"reference-{name}.safetensors"
+
+
+def known_tables(run, sizes: dict[str, int]) -> dict[str, torch.Tensor]:
+    """{name: float32 [n, 2]}: reference log-probabilities, NaN where nothing is known yet."""
+    path, tables = tables_path(run), {name: new_table(n) for name, n in sizes.items()}
+    if path.exists():
+        for name, saved in open_safetensors(path).items():
+            if name in tables and saved.shape == tables[name].shape:
+                tables[name] = saved.read()
+    return tables
+
+
+def keep_tables(run, tables: dict[str, torch.Tensor]):
+    """Write the tables beside the products, for --reuse; those of process 0 are enough."""
+    if parallel.first():
+        shapes = {name: tuple(table.shape) for name, table in tables.items()}
+        write_safetensors(tables_path(run), shapes, torch.float32, tables.__getitem__)
