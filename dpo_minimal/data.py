@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dpo_minimal import InputError
+from dpo_minimal.formats.layout import data_parts
 from dpo_minimal.formats.rows import data_files, pair_of, read_rows
 
 MAX_HELD_OUT = 1000  # pairs: an accuracy then has a standard error of at most 1.6 points
@@ -85,22 +86,18 @@ def load_pairs(path, log=print, keep=list) -> Sequence[PreferencePair]:
 
 
 def load_splits(data, eval_data=None, seed: int = 0, log=print, keep=list) -> Splits:
-    """Read a preference file, or a folder with `finetune/`, `rl/` and `evaluation/` parts.
+    """Read a preference file, or a folder with parts: see `data_parts` for their names.
 
     Without a part for SFT, SFT learns prompt + chosen of the training pairs. Without one for
     evaluation, some pairs are held out. keep: as for `load_pairs`.
     """
-    data = Path(data)
-    if data.is_dir() and (data / "data").is_dir():
-        data = data / "data"  # stack-exchange-paired keeps its parts there
-    train = load_pairs(data / "rl" if (data / "rl").is_dir() else data, log, keep)
-    if eval_data or (data / "evaluation").is_dir():
-        evaluation = load_pairs(eval_data or data / "evaluation", log, keep)
+    parts = data_parts(Path(data))
+    train = load_pairs(parts["train"], log, keep)
+    if eval_data or "evaluation" in parts:
+        evaluation = load_pairs(eval_data or parts["evaluation"], log, keep)
     else:
         train, evaluation = hold_out(train, seed, data)
-    sft = train
-    if (data / "finetune").is_dir():
-        sft = load_pairs(data / "finetune", log, keep)
+    sft = load_pairs(parts["sft"], log, keep) if "sft" in parts else train
     return Splits(without_repeats(sft), train, evaluation)
 
 

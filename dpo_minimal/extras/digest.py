@@ -11,7 +11,8 @@ def of_files(*places) -> str:
         files = []
         if place is not None:
             path = Path(place)
-            files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+            found = path.rglob("*") if path.is_dir() else path.parent.glob(path.name)
+            files = sorted(file for file in found if file.is_file())
         for file in files:
             digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
             with open(file, "rb") as opened:

@@ -16,10 +16,14 @@ SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 
 
 def data_files(path: Path) -> list[Path]:
-    """The file itself, or a folder's data files by name; InputError if the folder has none."""
-    if not path.is_dir():
+    """The file itself, or a folder's data files by name; InputError if the folder has none.
+
+    A path such as folder/train* is those of the folder's files that match.
+    """
+    if not path.is_dir() and "*" not in path.name:
         return [path]
-    files = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES))
+    found = path.iterdir() if path.is_dir() else path.parent.glob(path.name)
+    files = sorted(file for file in found if file.name.endswith(SUFFIXES))
     if not files:
         raise InputError(f"{path}: no {', '.join(SUFFIXES)} file in this folder")
     return files
