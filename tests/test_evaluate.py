@@ -304,6 +304,25 @@ def test_samples_and_summary_show_questions_with_every_answer():
     assert summary.count("### ") == 3
 
 
+def test_an_endless_answer_does_not_scroll_the_summary_away():
+    greedy = {"base": ["A:\n" * 30, "b" * 5000, "short\nof three\nlines\n"]}
+    held_out = {"eval_rewards/accuracies": 0.5, "eval_rewards/margins": 0.0, "eval_loss": 0.7}
+    summary = format_summary({"base": {"kl_to_sft": 0.0}}, held_out, None, ["q"] * 3, greedy)
+    assert summary.count("A:") == 4 and summary.count("b" * 400) == 1 and len(summary) < 1000
+    assert summary.count("[...]") == 2 and "of three\n  lines" in summary
+    assert "b" * 5000 in format_samples(["q"] * 3, greedy)  # the file has all of it
+
+
+def test_a_question_that_leaves_no_room_for_the_answer_is_told(tokenizer):
+    prompt = tokenizer.encode("Question: Who?\n\nAnswer:", bos=True)
+    model = two_adapters(vocab_size=420, max_position_embeddings=len(prompt) + 4)
+    usual = dict(device="cpu", seed=0, judged=False)
+    for new_tokens, is_told in ((4, False), (5, True)):
+        told = []
+        compare(model, tokenizer, ["Who?"], max_new_tokens=new_tokens, log=told.append, **usual)
+        assert any(f"has {len(prompt)} tokens" in line for line in told) == is_told
+
+
 def test_the_last_evaluation_of_the_metrics_counts(tmp_path):
     path = tmp_path / "metrics.jsonl"
     rows = [{"step": 0, "eval_loss": 0.7}, {"step": 4, "eval_loss": 0.5, "eval_x": 1}, {"loss": 9}]

@@ -156,6 +156,11 @@ def test_every_loss_of_the_table_is_a_choice_of_the_flag_and_has_its_line_of_hel
     assert f"{kind}: {first_line}" in make_parser("").format_help().replace("\n" + " " * 24, "\n")
 
 
+def test_every_flag_says_what_it_is():
+    silent = [a.option_strings for a in make_parser("")._actions if not (a.help or "").strip()]
+    assert not silent
+
+
 def test_a_new_loss_has_its_choice_and_its_help_whatever_is_in_it(monkeypatch):
     def always_one(delta, beta, label_smoothing):
         """One: 100% of the time (%s, %d)."""

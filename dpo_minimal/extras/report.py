@@ -66,6 +66,9 @@ def compare(model, tokenizer, questions, device, max_new_tokens, seed, judged, l
     table, greedy, sampled = {}, {}, {}
     prompts = [tokenizer.encode(format_prompt(question), bos=True) for question in questions]
     reference = [name for name in ["sft"] if name in adapter_names(model)]  # not with --no-sft
+    longest, context = max(map(len, prompts)), model.config.max_position_embeddings
+    if longest + max_new_tokens > context:
+        log(f"warning   a question has {longest} tokens: its answers end at the context, {context}")
     for name, adapters in variants(model).items():
         log(f"evaluate  {name} answers {len(questions)} held-out questions")
         with active_adapters(model, adapters):
@@ -105,6 +108,12 @@ def format_samples(questions, greedy: dict) -> str:
     return "\n".join(blocks)
 
 
+def shortened(text: str, lines: int = 4, characters: int = 400) -> str:
+    """The beginning of a text: a model that repeats itself must not scroll the table away."""
+    beginning = "\n".join(text.splitlines()[:lines])[:characters].rstrip()
+    return text if beginning == text.rstrip() else f"{beginning} [...]"
+
+
 def last_evaluation(path) -> dict[str, float]:
     """The metrics of the last evaluation on held-out pairs in a metrics.jsonl."""
     lines = Path(path).read_text("utf-8").splitlines()
@@ -118,7 +127,7 @@ def format_summary(table, held_out, bound, questions, greedy) -> str:
     if bound is not None:
         text += f" (the truth itself agrees with {bound:.3f} of the noisy votes)"
     text += f", margin {held_out['eval_rewards/margins']:+.3f}, loss {held_out['eval_loss']:.4f}"
-    three = {name: answers[:3] for name, answers in greedy.items()}
+    three = {name: [shortened(text) for text in texts[:3]] for name, texts in greedy.items()}
     return f"\n{format_table(table)}\n\n{text}\n\n{format_samples(questions, three)}"
 
 
