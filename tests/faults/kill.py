@@ -10,6 +10,7 @@ Exit status 1 if a run cannot go on, differs, or leaves something over. POSIX on
 """
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -19,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +29,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 from conftest import SHAPE  # noqa: E402
+from killed import run  # noqa: E402
 
 import train  # noqa: E402
 from dpo_minimal import forum  # noqa: E402
 from dpo_minimal.extras import report  # noqa: E402
-from dpo_minimal.extras.command_line import run_command  # noqa: E402
 from dpo_minimal.formats.huggingface import save_llama  # noqa: E402
 from dpo_minimal.llama import Llama, LlamaConfig  # noqa: E402
 from dpo_minimal.run import PRODUCTS  # noqa: E402
@@ -41,12 +41,10 @@ from dpo_minimal.tokenizer import train_tokenizer  # noqa: E402
 
 # What depends on the clock, the machine or the process, and on whether a run was resumed.
 TIMING = ("tokens_per_second", "peak_memory_gb")
-EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
-WRITING = os.O_WRONLY | os.O_RDWR
 KINDS = ("moment", "event", "half-written")
 PARTS = {"pretrain": 300, "finetune": 24, "rl": 40, "evaluation": 12}
 FLAGS = ["--batch-size", 2, "--save-every", 1, "--max-length", 96]
-FORUM = ["--max-steps", 4, "--eval-every", 3, *FLAGS]
+FORUM = ["--max-steps", 4, "--eval-every", 3, *FLAGS, "--max-length", 128]
 # More steps than an epoch has, so that the place in the order matters; states older than the log.
 MODEL = ["--grad-accum", 2, "--max-steps", 7, "--epochs", 9, *FLAGS, "--save-every", 2]
 
@@ -71,6 +69,7 @@ def make_small():
     compare = report.compare
     report.compare = lambda *args, **options: compare(*args, **options | {"max_new_tokens": 4})
     sys.modules["matplotlib"] = None
+    importlib.import_module("torch._dynamo")  # two seconds, which a model on "meta" would take
 
 
 def make_model(folder: Path) -> list[str]:
@@ -85,93 +84,6 @@ def make_model(folder: Path) -> list[str]:
     pairs = folder / "pairs.jsonl"
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows["rl"]))
     return ["--model", str(folder / "model"), "--data", str(pairs)]
-
-
-# A process that is killed.
-
-
-def die(path=None, flags=0):
-    """SIGKILL this process; with a path, after some bytes of what it was about to write."""
-    if path is not None:
-        os.write(os.open(path, flags), b'{"stage": "dpo", "step": 1')
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def watch(kind: str, number: int, found: dict):
-    """Count this process's file events, and die at the event of that number.
-
-    found: "events" counts them; "unsynced" lists files that were renamed before they were synced.
-    """
-    fsync, synced, dying = os.fsync, set(), []
-
-    def count(path=None, flags=0):
-        found["events"] += 1
-        if found["events"] == number:
-            dying.append(True)
-            die(path if kind == "half-written" else None, flags)
-
-    def hook(name, args):
-        if dying:
-            return
-        if name == "open" and isinstance(args[0], (str, Path)) and args[2] & WRITING:
-            synced.discard(str(args[0]))
-            count(args[0], args[2])
-        elif name in EVENTS:
-            count()
-        if name == "os.rename":
-            source = Path(args[0])
-            files = [p for p in (source, *source.rglob("*")) if p.is_file()]
-            found["unsynced"] += [str(p) for p in files if str(p) not in synced]
-            synced.update(str(args[1] / p.relative_to(source)) for p in files)
-
-    def counted_fsync(handle):
-        count()
-        fsync(handle)
-        synced.add(os.readlink(f"/proc/self/fd/{getattr(handle, 'fileno', lambda: handle)()}"))
-
-    os.fsync = counted_fsync
-    sys.addaudithook(hook)
-
-
-def start(flags, log: Path, kind: str = "", number: int = 0) -> int:
-    """Fork a process that runs train.py with these flags; returns its id.
-
-    Everything is imported already, so it begins at once. It writes its output to `log`, and to
-    `log`.json what `watch` found.
-    """
-    pid = os.fork()
-    if pid:
-        return pid
-    status, found = 1, {"events": 0, "unsynced": []}
-    try:
-        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(handle, 1), os.dup2(handle, 2)
-        signal.alarm(300)  # a run that hangs is ended, and fails
-        sys.argv = ["train.py", *map(str, flags)]
-        watch(kind, number, found)
-        run_command(train.main)
-        status = 0
-    except SystemExit as end:
-        status = end.code
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        log.with_suffix(".json").write_text(json.dumps(found))
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(status)
-
-
-def run(flags, log: Path, kind: str = "", number: int = 0, moment: float = 1e9) -> int:
-    """Run train.py and kill it at an event or after some seconds: the exit status, or -9."""
-    pid, began = start(flags, log, kind, number), time.monotonic()
-    while True:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() - began > moment:
-            os.kill(pid, signal.SIGKILL)
-            moment = 1e9
-        time.sleep(0.002)
 
 
 # What a run leaves.
@@ -190,7 +102,9 @@ def contents(path: Path):
 
 def differences(out: Path, expected: Path) -> list[str]:
     """What is missing, left over or different in a run's folder."""
-    ours, theirs = ({p.relative_to(f): p for f in [d] for p in f.rglob("*")} for d in (out, expected))
+    ours, theirs = (
+        {p.relative_to(f): p for f in [d] for p in f.rglob("*")} for d in (out, expected)
+    )
     wrong = [f"left over: {name}" for name in ours.keys() - theirs.keys()]
     wrong += [f"missing: {name}" for name in theirs.keys() - ours.keys()]
     for name in ours.keys() & theirs.keys():
@@ -203,7 +117,7 @@ def stage_of(out: Path, world: str) -> str:
     """The stage that a killed run was in."""
     if not (out / "config.json").exists():
         return "start"
-    stages = [stage for stage in PRODUCTS if world == "forum" or stage != "pretrain"]
+    stages = [stage for stage in PRODUCTS if world != "--model" or stage != "pretrain"]
     return next((stage for stage in stages if not (out / PRODUCTS[stage]).exists()), "end")
 
 
@@ -217,7 +131,9 @@ def undisturbed(world: World, log: Path) -> list[str]:
     found = json.loads(log.with_suffix(".json").read_text())
     world.events = found["events"]
     world.out.rename(world.expected)
-    print(f"{world.name}: undisturbed {world.seconds:.1f} s, {world.events} file events", flush=True)
+    print(
+        f"{world.name}: undisturbed {world.seconds:.1f} s, {world.events} file events", flush=True
+    )
     return [f"renamed before synced: {Path(path).name}" for path in found["unsynced"]]
 
 
@@ -259,8 +175,12 @@ def kill_and_resume(worlds, num_kills: int, seed: int, log: Path) -> bool:
         print(f"{sum(table.values()):4} kills, {world.name}: {told}", flush=True)
         for line in wrong:
             print(f"  WRONG {line}", flush=True)
-    print("\n| run | killed in | " + " | ".join(KINDS) + " |\n|---" + "|---" * (1 + len(KINDS)) + "|")
-    for name, stage in dict.fromkeys((world.name, s) for world in worlds for s in ("start", *PRODUCTS, "end")):
+    print(
+        "\n| run | killed in | " + " | ".join(KINDS) + " |\n|---" + "|---" * (1 + len(KINDS)) + "|"
+    )
+    for name, stage in dict.fromkeys(
+        (world.name, s) for world in worlds for s in ("start", *PRODUCTS, "end")
+    ):
         row = [table[name, stage, kind] for kind in KINDS]
         if any(row):
             print(f"| {name} | {stage} | " + " | ".join(map(str, row)) + " |")
@@ -328,8 +248,10 @@ def main():
         flags = make_model(folder) + list(map(str, MODEL))
         model = World("--model", flags, folder / "run", folder / "expected")
         small = World("forum", list(map(str, FORUM)), folder / "forum", folder / "expected-forum")
+        reuse = ["--reuse", small.expected, "--beta", "0.3"]
+        again = World("--reuse", reuse, folder / "again", folder / "expected-again")
         if args.kills:
-            good = kill_and_resume([small, model], args.kills, args.seed, folder / "log")
+            good = kill_and_resume([small, model, again], args.kills, args.seed, folder / "log")
         if args.starts:
             shutil.rmtree(model.expected, ignore_errors=True)
             shutil.rmtree(model.out, ignore_errors=True)
