@@ -40,6 +40,9 @@ def whole_folder(path):
     partial.mkdir(parents=True)
     try:
         yield partial
+        for file in filter(Path.is_file, partial.rglob("*")):
+            with open(file, "rb+") as written:
+                os.fsync(written.fileno())
         if path.exists():
             shutil.rmtree(path)
         os.replace(partial, path)

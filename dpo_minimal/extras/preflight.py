@@ -52,6 +52,8 @@ def tell_plan(run, model, stage, examples, settings, log=print):
     tokens = sum(map(num_tokens, known)) / len(known) * n * steps / epoch
     packed = f"texts in {rows:,} rows of up to {run.args.max_length} tokens"
     log(f"{stage.name:9} {n:,} {'pairs' if is_dpo else packed}")
+    if run.args.resume and begun(run.out, stage.name):
+        log("          no saved state: begins anew (see --save-every)")
     size = f"{settings.batch_size} x {settings.grad_accum}".removesuffix(" x 1")
     epochs = f"{steps / epoch:.3g} epochs, about {tokens:,.0f} tokens"
     log(f"          {steps:,} steps of {size} {unit}: {epochs}")
@@ -68,6 +70,13 @@ def tell_plan(run, model, stage, examples, settings, log=print):
         log(
             f"warning   a step takes more {unit} than there are: lower --batch-size or --grad-accum"
         )
+
+
+def begun(out, stage: str) -> bool:
+    """Whether a stage has steps in the log of a run, but no state to go on from."""
+    log = out / "metrics.jsonl"
+    logged = log.exists() and f'"stage": "{stage}"' in log.read_text("utf-8")
+    return logged and not (out / "state" / f"{stage}.pt").exists()
 
 
 def num_tokens(example) -> int:

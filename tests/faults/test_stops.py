@@ -73,6 +73,7 @@ def test_a_signal_lets_the_step_finish_saves_a_state_and_loses_nothing(
     assert (out / "state" / f"{stage}.pt").exists()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # as before the stage
     command("--out", out, "--resume")
+    assert "begins anew" not in capsys.readouterr().out
     assert_same_run(out, whole_run)
     assert list((out / "state").iterdir()) == []
 
@@ -158,6 +159,8 @@ def test_a_damaged_state_is_refused_by_name_with_the_remedy(interrupted, capsys,
     path.unlink()
     command("--out", interrupted, "--resume")
     assert (interrupted / "merged").exists()
+    said = capsys.readouterr().out  # DPO, and only DPO, begins once more
+    assert said.count("no saved state: begins anew") == 1 and "sft  " not in said
 
 
 def test_sealed_bytes_come_back_or_are_refused_whichever_byte_changes(tmp_path):
