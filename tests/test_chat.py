@@ -4,6 +4,7 @@ import argparse
 import builtins
 import json
 import shutil
+from functools import partial
 
 import pytest
 from chat_templates import CHATML, LLAMA2, LLAMA3
@@ -11,9 +12,9 @@ from test_data import PAIR
 from test_train import STEPS, command, metrics, refuse, write_rows
 
 from dpo_minimal import InputError
-from dpo_minimal.checkpoint import load_llama
+from dpo_minimal.checkpoint import load_llama, save_llama
 from dpo_minimal.data import encode_example, encode_pair
-from dpo_minimal.extras import ask
+from dpo_minimal.extras import ask, report
 from dpo_minimal.extras.reuse import FIXED
 from dpo_minimal.formats import chat
 from dpo_minimal.formats.chat import QA_JINJA, find_template, write_template
@@ -233,7 +234,11 @@ def data(tmp_path_factory):
 def chat_run(tmp_path_factory, chat_model, data):
     """The folder of a run on them, with a chat template and no word about it."""
     out = tmp_path_factory.mktemp("runs") / "chat"
-    command("--model", chat_model, "--data", data, *STEPS, "--out", out)
+    with pytest.MonkeyPatch.context() as patch:
+        compare = report.compare
+        short = {"max_new_tokens": 4}  # whatever train.py asks for
+        patch.setattr(report, "compare", lambda *a, **options: compare(*a, **options | short))
+        command("--model", chat_model, "--data", data, *STEPS, "--out", out)
     return out
 
 
@@ -281,18 +286,22 @@ def test_generate_speaks_the_runs_template_without_being_told(
 def test_a_run_in_the_blogs_text_leaves_no_other_template(tmp_path, chat_model, capsys):
     rows = [{"prompt": f"q{i}", "chosen": f"yes {i}", "rejected": "no"} for i in range(44)]
     flags = ["--model", chat_model, "--data", write_rows(tmp_path / "rows.jsonl", rows), *STEPS]
-    command(*flags, "--out", tmp_path / "run")
-    for product in ("sft", "dpo", "merged"):
-        assert (tmp_path / "run" / product / "chat_template.jinja").read_text() == QA_JINJA
-        assert find_template(tmp_path / "run" / product, chat_model) is None
-    assert [p.name for p in (tmp_path / "run" / "merged").glob("*.jinja")] == [
-        "chat_template.jinja"
-    ]
+    flags += ["--out", tmp_path / "run"]
+    command(*flags, "--stage", "sft")
+    assert (tmp_path / "run" / "sft" / "chat_template.jinja").read_text() == QA_JINJA
+    assert find_template(tmp_path / "run" / "sft", chat_model) is None
     config = json.loads((tmp_path / "run" / "config.json").read_text())["arguments"]
-    assert config["template"] == "qa"
-    again = [*flags, "--out", tmp_path / "run", "--resume", "--template", "chat"]
-    assert "--template was qa there" in refuse(capsys, *again)
-    assert {"template", "template_digest"} <= set(FIXED)
+    assert config["template"] == "qa" and {"template", "template_digest"} <= set(FIXED)
+    capsys.readouterr()
+    said = refuse(capsys, *flags, "--resume", "--template", "chat")
+    assert "--template was qa there, and cannot change" in said
+    # merged/, as evaluate() writes it: neither the base's template nor its others
+    describe = partial(write_template, template=None)
+    merged = tmp_path / "merged"
+    save_llama(load_llama(chat_model), merged, tokenizer_from=chat_model, add=describe)
+    assert (merged / "chat_template.jinja").read_text() == QA_JINJA
+    assert "chat_template" not in (merged / "tokenizer_config.json").read_text()
+    assert [path.name for path in merged.glob("*.jinja")] == ["chat_template.jinja"]
 
 
 def test_a_changed_template_is_no_longer_the_same_run(tmp_path, chat_run, chat_model, data, capsys):
