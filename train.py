@@ -59,7 +59,7 @@ def main():
     if not any(map(run.is_due, ("sft", "dpo", "evaluate"))):
         tell(f"done      {run.out}: every stage that was asked for is finished")
         return
-    tokenizer = load_tokenizer(run.model_folder)
+    tokenizer = load_tokenizer(run.model_folder, run.template)  # None: the blog's text
     data = args.data or run.out / "data"
     # `large` has data.py's functions for data of any size; held-out pairs are always few.
     splits = large.load_splits(data, args.eval_data, args.seed, tell, folder=run.scratch)
@@ -161,7 +161,7 @@ def sft(run: Run, model, texts, window: int):
     else:
         add_run_adapter(run, model, "sft")
         train_packed(run, "sft", model, texts, window)
-    run.finish("sft", lambda: save_adapter(model, ["sft"], run.out / "sft", str(run.model_folder)))
+    run.finish("sft", partial(save_adapter, model, ["sft"], run.out / "sft", *run.about))
 
 
 def dpo(run: Run, model, pairs, held_out):
@@ -206,8 +206,7 @@ def dpo(run: Run, model, pairs, held_out):
     stage = Stage("dpo", objective, order, collate, evaluate_held_out, tables)
     train_stage(run, model, stage, pairs, settings)
     reuse.keep_tables(run, tables)
-    both = ["sft", "dpo"]
-    run.finish("dpo", lambda: save_adapter(model, both, run.out / "dpo", str(run.model_folder)))
+    run.finish("dpo", partial(save_adapter, model, ["sft", "dpo"], run.out / "dpo", *run.about))
 
 
 def evaluate(run: Run, model, tokenizer, held_out):
@@ -232,7 +231,7 @@ def evaluate(run: Run, model, tokenizer, held_out):
         file.write(report.format_samples(questions, greedy).encode())
     report.draw_curves(run.out / "metrics.jsonl", run.out / "curves.png", tell)
     with active_adapters(model, ["dpo"]):
-        save_llama(model, run.out / "merged", tokenizer_from=run.model_folder)
+        save_llama(model, run.out / "merged", tokenizer_from=run.model_folder, add=run.describe)
     tell(report.format_summary(table, rewards, bound, questions, greedy))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dpo_minimal import InputError
+from dpo_minimal.formats.conversations import HUMAN, only_question
 from dpo_minimal.formats.layout import data_parts
 from dpo_minimal.formats.rows import data_files, pair_of, read_rows
 
@@ -21,9 +22,9 @@ MAX_HELD_OUT = 1000  # pairs: an accuracy then has a standard error of at most 1
 
 
 class PreferencePair(NamedTuple):
-    """A question and two answers to it, as text; people preferred `chosen` to `rejected`."""
+    """A prompt and two answers to it; people preferred `chosen` to `rejected`."""
 
-    prompt: str
+    prompt: str | tuple  # a question, or a conversation: see formats/conversations.py
     chosen: str
     rejected: str
 
@@ -40,6 +41,8 @@ def why_useless(pair: PreferencePair) -> str | None:
     """The reason if nothing can be learned from a pair, else None."""
     if not pair.chosen.strip() or not pair.rejected.strip():
         return "with an empty answer"
+    if HUMAN in pair.chosen + pair.rejected:
+        return "with a further turn inside an answer"
     return "with chosen = rejected" if pair.chosen == pair.rejected else None
 
 
@@ -54,10 +57,6 @@ def read_pairs(path, log=print):
     for file in data_files(path):
         for place, row in read_rows(file):
             pair = PreferencePair(*pair_of(place, row))
-            try:
-                "".join(pair).encode()  # JSON may hold half a surrogate pair, which is no text
-            except UnicodeEncodeError as error:
-                raise InputError(f"{place}: not valid Unicode ({error.reason})") from None
             reason = why_useless(pair)
             if reason is None:
                 usable += 1
@@ -151,20 +150,22 @@ def hold_out(pairs, seed: int, path) -> tuple[Subset, Subset]:
 # --- pairs to token ids -----------------------------------------------------------------------
 
 
-def format_prompt(question: str) -> str:
+def format_prompt(question) -> str:
     """The prompt as it is tokenized everywhere. It ends in "Answer:", without a space.
 
     SentencePiece glues a space to the word behind it, so the space belongs to the answer. Only then
     does the tokenized prompt + answer begin with the tokenized prompt.
     """
-    return f"Question: {question}\n\nAnswer:"
+    return f"Question: {only_question(question)}\n\nAnswer:"
 
 
-def encode_example(tokenizer, question: str, *answers: str) -> tuple[list[int], ...]:
+def encode_example(tokenizer, question, *answers: str) -> tuple[list[int], ...]:
     """(prompt ids with BOS, ids with EOS of each answer); each answer is tokenized with the prompt.
 
     InputError if the tokenizer merges the end of the prompt with the beginning of an answer.
     """
+    if getattr(tokenizer, "template", None):  # an instruct model's own, in place of the blog's
+        return tokenizer.template.encode_example(question, *answers)
     prompt = tokenizer.encode(format_prompt(question), bos=True)
     encoded = [prompt]
     for answer in answers:

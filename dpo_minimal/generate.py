@@ -6,7 +6,7 @@ python -m dpo_minimal.generate --model DIR [--adapter DIR] --prompt TEXT
 import torch
 
 from dpo_minimal.batches import pad
-from dpo_minimal.data import format_prompt
+from dpo_minimal.data import encode_example
 from dpo_minimal.extras import progress
 
 
@@ -71,7 +71,7 @@ def sample_answers(
         generator.seed()
     else:
         generator.manual_seed(seed)
-    rows = [tokenizer.encode(format_prompt(prompt), bos=True) for prompt in prompts]
+    rows = [encode_example(tokenizer, prompt)[0] for prompt in prompts]
     training = model.training
     model.eval()
     answers = []
@@ -90,9 +90,9 @@ def sample_answers(
 
 
 def generate(
-    model, tokenizer, prompt: str, max_new_tokens: int, temperature=1.0, top_p=1.0, seed=None
+    model, tokenizer, prompt, max_new_tokens: int, temperature=1.0, top_p=1.0, seed=None
 ) -> str:
-    """An answer to one question, the text after "Answer:". Greedy at temperature 0."""
+    """An answer to one question (or conversation), as text. Greedy at temperature 0."""
     sampling = dict(temperature=temperature, top_p=top_p, seed=seed)
     answers = sample_answers(model, tokenizer, [prompt], max_new_tokens, **sampling)
     return tokenizer.decode(answers[0]).strip()

@@ -14,6 +14,7 @@ from dpo_minimal.extras.compiled import check_compiler
 from dpo_minimal.extras.flags import check_flags, make_parser
 from dpo_minimal.extras.presets import PRESETS
 from dpo_minimal.files import read_json, write_json
+from dpo_minimal.formats.chat import chosen_template, settle_template, write_template
 from dpo_minimal.loop import Settings
 
 # In order: each stage and the folder that it leaves behind.
@@ -81,6 +82,20 @@ class Run:
     def model_folder(self) -> Path:
         """The base model."""
         return Path(self.args.model or self.out / "base")
+
+    @property
+    def template(self) -> str | None:
+        """The chat template that everything here is in; None for the blog's text."""
+        return chosen_template(self.args, self.args.sft_adapter, self.model_folder)
+
+    def describe(self, folder):
+        """Put beside a product how it wants to be asked."""
+        write_template(folder, self.template)
+
+    @property
+    def about(self) -> tuple:
+        """What an adapter's folder says beside its weights, for `save_adapter`."""
+        return str(self.model_folder), self.describe
 
     @property
     def scratch(self) -> Path:
@@ -157,13 +172,14 @@ def read_run(description: str) -> Run:
             raise InputError(f"--reuse {args.reuse}: there is no run with a config.json")
     parser.set_defaults(**(preset_of(args)[0] | saved))
     args = parser.parse_args()
-    changed = [name for name in fixed if saved[name] != getattr(args, name)]
+    changed = [name for name in fixed if saved.get(name) != getattr(args, name)]
     if changed:
         flag = changed[0].replace("_", "-")
         how = f"--resume {out}" if args.resume else f"--reuse {args.reuse}"
-        raise InputError(f"{how}: --{flag} was {saved[changed[0]]} there, and cannot change")
+        raise InputError(f"{how}: --{flag} was {saved.get(changed[0])} there, and cannot change")
     check_flags(args)
     check_folder(out, args)
+    settle_template(args)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     # After the checks, or the other processes would take what the first one writes for an old run.

@@ -26,6 +26,8 @@ TOKENIZER_CONFIG = {
 class Tokenizer:
     """A SentencePiece model file. Ids are ints; `bos_id` and `eos_id` frame a text."""
 
+    template = None  # the blog's text; see load_tokenizer
+
     def __init__(self, path):
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -39,8 +41,8 @@ class Tokenizer:
         return [self.bos_id] * bos + self.model.encode(text) + [self.eos_id] * eos
 
     def decode(self, ids: list[int]) -> str:
-        """The text of token ids; BOS and EOS have none."""
-        return self.model.decode(ids)
+        """The text of token ids; BOS and EOS have none, nor have those that a chat added."""
+        return self.model.decode([i for i in ids if i < self.vocab_size])
 
 
 def train_tokenizer(texts, vocab_size: int, path) -> Tokenizer:
@@ -69,13 +71,24 @@ def train_tokenizer(texts, vocab_size: int, path) -> Tokenizer:
     return Tokenizer(path)
 
 
-def load_tokenizer(folder):
-    """The tokenizer of a model folder: its `tokenizer.model`, else its `tokenizer.json`."""
+def load_tokenizer(folder, template: str | None = None):
+    """The tokenizer of a model folder: its `tokenizer.model`, else its `tokenizer.json`.
+
+    template: the Jinja source of a chat template; None for the blog's text. With one, `eos_id` is
+    the token that ends an assistant's turn.
+    """
     folder = Path(folder)
     if (folder / "tokenizer.model").exists():
-        return Tokenizer(folder / "tokenizer.model")
-    if (folder / "tokenizer.json").exists():
+        tokenizer = Tokenizer(folder / "tokenizer.model")
+    elif (folder / "tokenizer.json").exists():
         from dpo_minimal.formats.tokenizer_json import JsonTokenizer
 
-        return JsonTokenizer(folder)
-    raise InputError(f"{folder}: no tokenizer.model and no tokenizer.json in this model folder")
+        tokenizer = JsonTokenizer(folder)
+    else:
+        raise InputError(f"{folder}: no tokenizer.model and no tokenizer.json in this model folder")
+    if template is not None:
+        from dpo_minimal.formats.chat import ChatTemplate
+
+        tokenizer.template = ChatTemplate(template, tokenizer, folder)
+        tokenizer.eos_id = tokenizer.template.end_id
+    return tokenizer

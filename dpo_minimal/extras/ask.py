@@ -2,15 +2,24 @@
 
     python -m dpo_minimal.generate --model DIR [--adapter DIR] --prompt TEXT
 
-Without --prompt it converses: each line is a new question.
+Without --prompt or --prompts it converses. It speaks the template that the adapter or the model was
+tuned in; in a chat template it remembers the conversation, in the blog's each line is a new
+question.
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 
+from dpo_minimal import InputError
 from dpo_minimal.checkpoint import load_adapter, load_llama
+from dpo_minimal.data import encode_example
 from dpo_minimal.extras.command_line import real, refuse, whole
+from dpo_minimal.extras.flags import check_device, check_template
+from dpo_minimal.files import read_json
+from dpo_minimal.formats.chat import chosen_template
+from dpo_minimal.formats.conversations import Message
 from dpo_minimal.generate import generate
 from dpo_minimal.tokenizer import load_tokenizer
 
@@ -19,39 +28,114 @@ def make_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(description="Ask a model.")
     parser.error = refuse
-    parser.add_argument("--model", required=True, help="model folder, Hugging Face or Meta layout")
-    parser.add_argument("--adapter", help="adapter folder, such as runs/forum/dpo")
-    parser.add_argument("--prompt", help="the question; without it, read questions line by line")
-    parser.add_argument("--max-new-tokens", type=whole(1), default=128)
-    parser.add_argument("--temperature", type=real(low=0, high=1e3), default=0.0, help="0: greedy")
-    parser.add_argument("--top-p", type=real(above=0, high=1), default=1.0)
-    parser.add_argument("--seed", type=whole(0, 2**63 - 1), default=0)
-    parser.add_argument("--no-quantize", action="store_true", help="even under an adapter")
+    add = parser.add_argument
+    add("--model", required=True, help="model folder, Hugging Face or Meta layout")
+    add("--adapter", help="adapter folder, such as runs/forum/dpo")
+    add("--prompt", help="the question; without it, read questions line by line")
+    add("--prompts", metavar="FILE", help="questions, one a line, each asked on its own")
+    templates = "the blog's text, or a chat (default: as the adapter or the model was tuned)"
+    add("--template", choices=("qa", "chat"), help=templates)
+    add("--chat-template", metavar="FILE", help="a Jinja template instead of the folder's own")
+    add("--max-new-tokens", type=whole(1), default=128, help="tokens of an answer, at most (128)")
+    add("--temperature", type=real(low=0, high=1e3), default=0.0, help="0 (default): greedy")
+    add("--top-p", type=real(above=0, high=1), default=1.0, help="likeliest tokens, up to this")
+    add("--seed", type=whole(0, 2**63 - 1), default=0, help="of the sampling")
+    add("--no-quantize", action="store_true", help="even under an adapter")
+    add("--device", help="cuda if there is one, else cpu")
+    add("--dtype", choices=["float32", "bfloat16"], help="bfloat16 on a GPU, else float32")
     return parser
+
+
+def check(args):
+    """InputError for flags that make no sense, and for a run in the place of a model."""
+    check_device(args.device)
+    check_template(args)
+    if args.prompt is not None and args.prompts:
+        raise InputError("give --prompt or --prompts, not both")
+    config = Path(args.model) / "config.json"
+    arguments = read_json(config).get("arguments") if config.exists() else None
+    if isinstance(arguments, dict):
+        run, base = args.model, arguments.get("model") or f"{args.model}/base"
+        tuned = f"--model {run}/merged, or --model {base} --adapter {run}/dpo"
+        raise InputError(f"{run} is a run, not a model: give {tuned}")
 
 
 def main():
     """The command line."""
     args = make_parser().parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    check(args)
+    questions = read_questions(args)
+    tokenizer = load_tokenizer(args.model, chosen_template(args, args.adapter, args.model))
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     # An adapter belongs on the 4-bit base that it was trained over; a merged folder has none.
     quantize = "nf4" if args.adapter and not args.no_quantize else None
-    model = load_llama(args.model, device, dtype, quantize)
+    model = load_llama(args.model, device, getattr(torch, dtype), quantize)
     if args.adapter:
         load_adapter(model, args.adapter, "adapter")
-    tokenizer = load_tokenizer(args.model)
 
-    def answer(question):
+    def answer(turns):
         sampling = dict(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
-        return generate(model, tokenizer, question, args.max_new_tokens, **sampling)
+        check_room(model, tokenizer, turns)
+        return generate(model, tokenizer, turns, args.max_new_tokens, **sampling)
 
+    for question in questions:
+        print(answer((Message("user", question),)))
+    if not questions:
+        converse(answer, remember=tokenizer.template is not None)
+
+
+def read_questions(args) -> list[str]:
+    """The questions of --prompt or --prompts, [] without them."""
     if args.prompt is not None:
-        print(answer(args.prompt))
-        return
+        return [args.prompt]
+    if not args.prompts:
+        return []
+    try:
+        lines = Path(args.prompts).read_text("utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"{args.prompts}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{args.prompts}: not a text in UTF-8 ({error})") from None
+    questions = [line.strip() for line in lines if line.strip()]
+    if not questions:
+        raise InputError(f"{args.prompts}: no question in this file")
+    return questions
+
+
+def check_room(model, tokenizer, prompt):
+    """InputError for a prompt that leaves no room for an answer."""
+    tokens, context = (
+        len(encode_example(tokenizer, prompt)[0]),
+        model.config.max_position_embeddings,
+    )
+    if tokens >= context:
+        begins = prompt[-1].content[:40]
+        raise InputError(
+            f"a prompt of {tokens} tokens (its last turn begins {begins!r}) leaves no room for an "
+            f"answer in the model's context of {context} tokens: shorten it"
+        )
+
+
+def converse(answer, remember: bool):
+    """Read questions from the terminal and print the answers, until an empty line.
+
+    remember: each question is asked behind the turns before it, as long as they fit.
+    """
     print("Ask a question; an empty line or Ctrl-D ends.")
+    turns = ()
     while question := read_line():
-        print(answer(question))
+        asked = Message("user", question)
+        try:
+            said = answer((*turns, asked))
+        except InputError as error:
+            if not turns:
+                raise
+            print(f"(the conversation begins anew: {error})")
+            turns, said = (), answer((asked,))
+        print(said)
+        if remember:
+            turns = (*turns, asked, Message("assistant", said))
 
 
 def read_line() -> str:

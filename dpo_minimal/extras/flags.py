@@ -27,6 +27,9 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     files("--reuse", metavar="RUN", help="begin with that run's base, SFT and reference values")
     files("--no-sft", action="store_true", help="DPO on the model as it is, its own reference")
     files("--sft-adapter", metavar="DIR", help="an SFT adapter in PEFT's layout, instead of SFT")
+    templates = "the blog's text, or the model's own (default for rows of messages)"
+    files("--template", choices=("qa", "chat"), help=templates)
+    files("--chat-template", metavar="FILE", help="a Jinja template for a model without one")
     files("--preset", choices=PRESETS, help="settings by name; stack-llama-2: the blog's own")
     kinds = [f"{kind}: {(loss.__doc__ or '?').splitlines()[0]}" for kind, loss in LOSSES.items()]
     losses = "\n".join(kinds).replace("%", "%%")  # argparse would fill in something after a %
@@ -71,9 +74,18 @@ def check_flags(args):
         raise InputError("--no-sft leaves out SFT: leave out --sft-adapter and --stage sft")
     if args.preset and (args.preset == "forum") != (args.data is None):
         raise InputError(f"--preset {args.preset}: forum goes without --data, the others with it")
+    check_template(args)
+    if (args.chat_template or args.template == "chat") and not args.data:
+        raise InputError("--template chat goes with --model and --data: the forum is no chat")
     if args.label_smoothing and args.loss != "sigmoid":
         raise InputError(f"--label-smoothing goes with --loss sigmoid, not {args.loss}")
     check_device(args.device)
+
+
+def check_template(args):
+    """InputError for a chat template together with the blog's text."""
+    if args.chat_template and args.template == "qa":
+        raise InputError("--chat-template goes with --template chat, not qa")
 
 
 def check_device(name: str | None):

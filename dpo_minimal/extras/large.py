@@ -13,6 +13,7 @@ from functools import partial
 from dpo_minimal import InputError, data
 from dpo_minimal.data import PreferencePair
 from dpo_minimal.extras import progress
+from dpo_minimal.formats.conversations import pack_prompt, unpack_prompt
 
 # Bytes of text that are kept and tokenized at once, in memory: that takes 3 seconds and 300 MB,
 # because a token is a Python number of 36 bytes. Of more texts, tokens are made when they are
@@ -24,7 +25,12 @@ CACHED = 2048  # encoded texts that are remembered: the window of 64 batches of 
 
 def num_bytes(pair: PreferencePair) -> int:
     """The size of a pair's texts in UTF-8."""
-    return sum(len(text.encode()) for text in pair)
+    return sum(map(len, as_bytes(pair)))
+
+
+def as_bytes(pair: PreferencePair) -> list[bytes]:
+    """A pair's three parts in UTF-8, also of a prompt that is a conversation."""
+    return [text.encode() for text in (pack_prompt(pair.prompt), pair.chosen, pair.rejected)]
 
 
 def is_large(pairs) -> bool:
@@ -50,7 +56,7 @@ class PairsOnDisk(Sequence):
 
     def append(self, pair: PreferencePair):
         """Write a pair behind the others. InputError if the disk is full."""
-        texts = [text.encode() for text in pair]
+        texts = as_bytes(pair)
         try:
             self.file.write(b"".join(texts))
         except OSError as error:
@@ -70,7 +76,8 @@ class PairsOnDisk(Sequence):
         self.file.seek(start)
         data = self.file.read(end - start)
         a, b = a - start, b - start  # where the chosen and the rejected answer begin
-        return PreferencePair(data[:a].decode(), data[a:b].decode(), data[b:].decode())
+        prompt = unpack_prompt(data[:a].decode())
+        return PreferencePair(prompt, data[a:b].decode(), data[b:].decode())
 
 
 def keep(pairs, folder=None) -> Sequence[PreferencePair]:

@@ -6,8 +6,9 @@ from pathlib import Path
 from statistics import mean
 
 from dpo_minimal import forum
-from dpo_minimal.data import format_prompt
+from dpo_minimal.data import encode_example
 from dpo_minimal.evaluate import kl_estimate
+from dpo_minimal.formats.conversations import spoken
 from dpo_minimal.generate import sample_answers
 from dpo_minimal.lora import active_adapters, adapter_names
 
@@ -64,7 +65,7 @@ def compare(model, tokenizer, questions, device, max_new_tokens, seed, judged, l
     questions are the forum's, so every sampled answer has a true score.
     """
     table, greedy, sampled = {}, {}, {}
-    prompts = [tokenizer.encode(format_prompt(question), bos=True) for question in questions]
+    prompts = [encode_example(tokenizer, question)[0] for question in questions]
     reference = [name for name in ["sft"] if name in adapter_names(model)]  # not with --no-sft
     longest, context = max(map(len, prompts)), model.config.max_position_embeddings
     if longest + max_new_tokens > context:
@@ -104,7 +105,7 @@ def format_samples(questions, greedy: dict) -> str:
         # Further lines of an answer are indented, to stay within its list item.
         texts = {name: answers[i].replace("\n", "\n  ") for name, answers in greedy.items()}
         answers = "\n".join(f"- **{name}**: {text}" for name, text in texts.items())
-        blocks.append(f"### {question}\n\n{answers}\n")
+        blocks.append(f"### {spoken(question)}\n\n{answers}\n")
     return "\n".join(blocks)
 
 

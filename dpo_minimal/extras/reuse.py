@@ -19,6 +19,7 @@ from dpo_minimal.reference import new_table
 
 # What base, SFT, the pairs and so the reference depend on.
 FIXED = ("model", "data", "eval_data", "seed", "max_length", "dtype", "no_quantize", "no_sft")
+FIXED += ("template", "template_digest")
 FOLDERS = ("base", "data", "sft")
 
 

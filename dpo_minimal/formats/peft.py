@@ -26,8 +26,8 @@ PLAIN_LORA = {
 }
 
 
-def save_adapter(model: Llama, names: list[str], folder, base_name: str = ""):
-    """Write the named adapters as one in PEFT's layout.
+def save_adapter(model: Llama, names: list[str], folder, base_name: str = "", add=None):
+    """Write the named adapters as one in PEFT's layout. add(folder): puts more files there.
 
     Adapters of ranks r1 and r2 are one of rank r1 + r2, with the A's stacked and the scaled B's
     side by side: B1 A1 + B2 A2 = [B1 B2] [A1; A2]. Scales are multiplied into B, so alpha = r.
@@ -63,6 +63,8 @@ def save_adapter(model: Llama, names: list[str], folder, base_name: str = ""):
         write_json(folder / "adapter_config.json", config)
         path = folder / "adapter_model.safetensors"
         write_safetensors(path, shapes, torch.float32, tensors.__getitem__)
+        if add:
+            add(folder)
 
 
 def load_adapter(model: Llama, folder, name: str):

@@ -1,4 +1,4 @@
-"""Rows of data files: JSON Lines, JSON arrays, parquet; and the forms that preference rows have."""
+"""Rows of data files: JSON Lines, JSON arrays, parquet, CSV; and the forms of preference rows."""
 
 import gzip
 import json
@@ -7,9 +7,19 @@ import zlib
 from pathlib import Path
 
 from dpo_minimal import InputError
+from dpo_minimal.formats.conversations import (
+    ASSISTANT,
+    conversation_of,
+    in_context,
+    is_conversation,
+)
+from dpo_minimal.formats.csv import read_csv
 from dpo_minimal.formats.parquet import read_parquet
 
-SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
+SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet", ".csv")
+# How prompts begin that are in a chat template already: ChatML, Llama 2, Llama 3, Zephyr.
+TEMPLATED = ("<|im_start|>", "[INST]", "<s>[INST]", "<s> [INST]", "<|begin_of_text|>")
+TEMPLATED += ("<|start_header_id|>", "<|user|>", "<|system|>")
 
 
 # --- files to rows ----------------------------------------------------------------------------
@@ -30,14 +40,15 @@ def data_files(path: Path) -> list[Path]:
 
 
 def read_rows(path: Path):
-    """Yield (place, row dict) from a file of JSON Lines, one JSON array, or parquet.
+    """Yield (place, row dict) from a file of JSON Lines, one JSON array, parquet, or CSV.
 
     JSON may be gzipped, whatever the file's name. `place` reads "file, line 7". InputError for a
     missing, empty or damaged file, with the place.
     """
-    if path.name.endswith(".parquet"):
-        yield from read_parquet(path)
-        return
+    for suffix, reader in ((".parquet", read_parquet), (".csv", read_csv)):
+        if path.name.endswith(suffix):
+            yield from reader(path)
+            return
     try:
         with open(path, "rb") as file:
             zipped = file.read(2) == b"\x1f\x8b"
@@ -78,14 +89,32 @@ def parse_json(path, text: str, first_line: int):
 # --- rows to pairs ----------------------------------------------------------------------------
 
 
-def pair_of(place: str, row: dict) -> tuple[str, str, str]:
-    """(prompt, chosen, rejected) of a row in one of the four usual forms, else InputError."""
+def pair_of(place: str, row: dict) -> tuple:
+    """(prompt, chosen, rejected) of a row in one of the usual forms, else InputError.
+
+    The prompt is a text or, of a row with messages or with earlier turns, a conversation.
+    """
     if not isinstance(row, dict):
         raise InputError(f"{place}: expected an object with a prompt and two answers")
+    if is_conversation(row):
+        pair = conversation_of(place, row)
+    else:
+        prompt, *answers = texts_of(place, row)
+        pair = in_context(place, row, prompt), *answers
+    try:
+        json.dumps(pair, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # JSON may hold half a surrogate pair, which is no text
+        raise InputError(f"{place}: not valid Unicode ({error.reason})") from None
+    return pair
+
+
+def texts_of(place: str, row: dict) -> tuple[str, str, str]:
+    """(prompt, chosen, rejected) of a row of texts."""
     if "response_j" in row:  # stack-exchange-paired
         names = ("question", "response_j", "response_k")
     else:
-        names = ("instruction" if "instruction" in row else "prompt", "chosen", "rejected")
+        asked = [name for name in ("instruction", "prompt", "question") if name in row]
+        names = (asked[0] if asked else "prompt", "chosen", "rejected")
     is_dialogue = names[0] not in row and "chosen" in row and "rejected" in row  # HH-RLHF
     if is_dialogue:
         names = ("chosen", "rejected")
@@ -98,23 +127,28 @@ def pair_of(place: str, row: dict) -> tuple[str, str, str]:
     prompt, chosen, rejected = (row[name] for name in names)
     if row.get("input"):  # the material that an instruction is about
         prompt = f"{prompt}\n{row['input']}"
-    return question_of(prompt), chosen, rejected
+    return question_of(place, prompt), chosen, rejected
 
 
 def split_dialogue(place: str, chosen: str, rejected: str) -> tuple[str, str, str]:
     """Two dialogues, split after the last "Assistant:" of the beginning that they share."""
     shared = os.path.commonprefix([chosen, rejected])
-    turn = "\n\nAssistant:"
-    cut = shared.rfind(turn)
+    cut = shared.rfind(ASSISTANT)
     if cut < 0:
         raise InputError(f"{place}: no prompt, and no beginning with 'Assistant:' that both share")
     prompt = shared[:cut].removeprefix("\n\nHuman:").strip()
-    return prompt, chosen[cut + len(turn) :].strip(), rejected[cut + len(turn) :].strip()
+    return prompt, chosen[cut + len(ASSISTANT) :].strip(), rejected[cut + len(ASSISTANT) :].strip()
 
 
-def question_of(prompt: str) -> str:
-    """The bare question, also where a data set already has its prompts in the blog's template."""
+def question_of(place: str, prompt: str) -> str:
+    """The bare question, also where a data set already has its prompts in the blog's template.
+
+    InputError if it is in a chat template: another one around it would be what no user writes.
+    """
     stripped = prompt.rstrip(" ")
     if stripped.startswith("Question: ") and stripped.endswith("\n\nAnswer:"):
         return stripped[len("Question: ") : -len("\n\nAnswer:")]
+    if prompt.lstrip().startswith(TEMPLATED):
+        found = f"the prompt is in a chat template already (it begins {prompt.lstrip()[:20]!r})"
+        raise InputError(f"{place}: {found}: give the bare question, or a list of messages")
     return prompt

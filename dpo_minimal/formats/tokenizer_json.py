@@ -9,6 +9,8 @@ from dpo_minimal.files import read_json
 class JsonTokenizer:
     """A folder's `tokenizer.json`, with the BOS and EOS that its `tokenizer_config.json` names."""
 
+    template = None  # the blog's text; see load_tokenizer
+
     def __init__(self, folder):
         try:
             from tokenizers import Tokenizer
