@@ -7,6 +7,7 @@ import torch
 from dpo_minimal import InputError
 from dpo_minimal.extras.command_line import real, refuse, whole
 from dpo_minimal.extras.presets import PRESETS
+from dpo_minimal.extras.trackers import TRACKERS
 from dpo_minimal.loss import LOSSES
 
 STAGES = ("pretrain", "sft", "dpo", "evaluate")
@@ -27,6 +28,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     files("--reuse", metavar="RUN", help="begin with that run's base, SFT and reference values")
     files("--no-sft", action="store_true", help="DPO on the model as it is, its own reference")
     files("--sft-adapter", metavar="DIR", help="an SFT adapter in PEFT's layout, instead of SFT")
+    files("--track", choices=TRACKERS, help="show the metrics there as they come")
     files("--preset", choices=PRESETS, help="settings by name; stack-llama-2: the blog's own")
     kinds = [f"{kind}: {(loss.__doc__ or '?').splitlines()[0]}" for kind, loss in LOSSES.items()]
     losses = "\n".join(kinds).replace("%", "%%")  # argparse would fill in something after a %

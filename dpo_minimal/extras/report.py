@@ -8,8 +8,8 @@ from statistics import mean
 from dpo_minimal import forum
 from dpo_minimal.data import format_prompt
 from dpo_minimal.evaluate import kl_estimate
-from dpo_minimal.extras import plots
-from dpo_minimal.files import whole_file
+from dpo_minimal.extras import plots, trackers
+from dpo_minimal.files import read_json, whole_file
 from dpo_minimal.generate import sample_answers
 from dpo_minimal.lora import active_adapters, adapter_names
 
@@ -107,10 +107,12 @@ def format_samples(questions, greedy: dict) -> str:
 
 
 def publish(folder, questions, greedy, log=print):
-    """Write samples.md, and draw curves.png from what the run has written before."""
+    """Write samples.md, draw curves.png, tell the tracker; eval.json is there already."""
     with whole_file(folder / "samples.md") as file:
         file.write(format_samples(questions, greedy).encode())
     plots.draw_curves(folder, log)
+    trackers.follow(folder / "metrics.jsonl")  # nothing was sent yet if only this stage was due
+    trackers.finish(questions, greedy, read_json(folder / "eval.json")["table"])
 
 
 def last_evaluation(path) -> dict[str, float]:
