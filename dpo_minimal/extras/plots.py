@@ -94,7 +94,7 @@ def draw_runs(folders: list[Path], picture: Path, smooth: int | None = None):
             axis.set_visible(False)
         draw_legend(figure, list(runs), columns)
         with whole_file(picture) as file:
-            figure.savefig(file, format=picture.suffix[1:], dpi=90)
+            figure.savefig(file, format=picture.suffix[1:], dpi=85)
 
 
 def names(folders: list[Path]) -> list[str]:
