@@ -147,7 +147,7 @@ def start(kind: str | None, folder: Path, config: dict):
         tracker = TRACKERS[kind](folder.resolve(), config)
     except Exception as error:  # each package has errors of its own
         later = "put it right and go on with --resume, or without --track"
-        raise InputError(f"--track {kind}: {first_line(error)}; {later}") from None
+        raise InputError(f"--track {kind}: {first_line(error).rstrip('.')}; {later}") from None
     active.update(kind=kind, tracker=tracker, sent=0)
 
 
