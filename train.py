@@ -20,7 +20,7 @@ from dpo_minimal.evaluate import evaluate_pairs, one_epoch
 from dpo_minimal.extras import large, parallel, preflight, progress, report, reuse, signals
 from dpo_minimal.extras.command_line import run_command
 from dpo_minimal.extras.machine import peak_memory_gb
-from dpo_minimal.files import whole_file, write_json
+from dpo_minimal.files import write_json
 from dpo_minimal.formats.huggingface import read_config
 from dpo_minimal.formats.rows import read_rows
 from dpo_minimal.llama import Llama, LlamaConfig
@@ -227,9 +227,7 @@ def evaluate(run: Run, model, tokenizer, held_out):
     table["DPO"]["reward_accuracy"] = rewards["eval_rewards/accuracies"]
     bound = report.vote_bound(held_out) if run.on_forum else None
     write_json(run.out / "eval.json", {"table": table, "held_out": rewards, "vote_bound": bound})
-    with whole_file(run.out / "samples.md") as file:
-        file.write(report.format_samples(questions, greedy).encode())
-    report.draw_curves(run.out / "metrics.jsonl", run.out / "curves.png", tell)
+    report.publish(run.out, questions, greedy, tell)
     with active_adapters(model, ["dpo"]):
         save_llama(model, run.out / "merged", tokenizer_from=run.model_folder, add=run.describe)
     tell(report.format_summary(table, rewards, bound, questions, greedy))

@@ -5,7 +5,7 @@ import math
 import time
 from pathlib import Path
 
-from dpo_minimal.extras import parallel
+from dpo_minimal.extras import parallel, trackers
 from dpo_minimal.extras.machine import peak_memory_gb
 from dpo_minimal.extras.progress import duration
 from dpo_minimal.files import whole_file
@@ -35,6 +35,7 @@ class Log:
         row["peak_memory_gb"] = round(peak_memory_gb(), 3)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        trackers.follow(self.path)
         now = time.perf_counter()
         is_last = step == self.steps - 1
         if prefix or is_last or self.shown is None or now - self.shown > 2:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from dpo_minimal import InputError
-from dpo_minimal.extras import digest, lock, parallel, reuse
+from dpo_minimal.extras import digest, lock, parallel, reuse, trackers
 from dpo_minimal.extras.compiled import check_compiler
 from dpo_minimal.extras.flags import check_flags, make_parser
 from dpo_minimal.extras.presets import PRESETS
@@ -34,7 +34,7 @@ def saved_flags(folder: Path, resume: bool, stage: str | None) -> dict:
     saved = read_json(folder / "config.json").get("arguments")
     if not isinstance(saved, dict) or "stage" not in saved:
         raise InputError(f"{folder / 'config.json'} is not that of a run: see --out and --reuse")
-    left_out = {"stage", "resume", "out"}
+    left_out = {"stage", "resume", "out", "track"}
     if not resume and saved["stage"] not in (None, stage):
         left_out |= STAGE_FLAGS
     return {name: value for name, value in saved.items() if name not in left_out}
@@ -156,6 +156,7 @@ class Run:
         write_json(path, record)
         if self.args.reuse:
             reuse.begin(self.out, Path(self.args.reuse), data)
+        trackers.start(self.args.track, self.out, record)
 
 
 def read_run(description: str) -> Run:
@@ -180,6 +181,7 @@ def read_run(description: str) -> Run:
     check_flags(args)
     check_folder(out, args)
     settle_template(args)
+    trackers.check_installed(args.track)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     # After the checks, or the other processes would take what the first one writes for an old run.

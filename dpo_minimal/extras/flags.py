@@ -7,6 +7,7 @@ import torch
 from dpo_minimal import InputError
 from dpo_minimal.extras.command_line import real, refuse, whole
 from dpo_minimal.extras.presets import PRESETS
+from dpo_minimal.extras.trackers import TRACKERS
 from dpo_minimal.loss import LOSSES
 
 STAGES = ("pretrain", "sft", "dpo", "evaluate")
@@ -30,6 +31,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     templates = "the blog's text, or the model's own (default for rows of messages)"
     files("--template", choices=("qa", "chat"), help=templates)
     files("--chat-template", metavar="FILE", help="a Jinja template for a model without one")
+    files("--track", choices=TRACKERS, help="show the metrics there as they come")
     files("--preset", choices=PRESETS, help="settings by name; stack-llama-2: the blog's own")
     kinds = [f"{kind}: {(loss.__doc__ or '?').splitlines()[0]}" for kind, loss in LOSSES.items()]
     losses = "\n".join(kinds).replace("%", "%%")  # argparse would fill in something after a %

@@ -8,12 +8,13 @@ from statistics import mean
 from dpo_minimal import forum
 from dpo_minimal.data import encode_example
 from dpo_minimal.evaluate import kl_estimate
+from dpo_minimal.extras import plots, trackers
+from dpo_minimal.files import read_json, whole_file
 from dpo_minimal.formats.conversations import spoken
 from dpo_minimal.generate import sample_answers
 from dpo_minimal.lora import active_adapters, adapter_names
 
 VARIANTS = {"base": [], "SFT": ["sft"], "DPO": ["dpo"]}  # name: active adapters
-REWARDS = [["rewards/chosen", "rewards/rejected"], ["rewards/margins"], ["rewards/accuracies"]]
 COLUMNS = {
     "true_score": ("true score", "{:+.2f}"),
     "share_right": ("right", "{:.0%}"),
@@ -115,6 +116,16 @@ def shortened(text: str, lines: int = 4, characters: int = 400) -> str:
     return text if beginning == text.rstrip() else f"{beginning} [...]"
 
 
+def publish(folder, questions, greedy, log=print):
+    """Write samples.md, draw curves.png, tell the tracker; eval.json is there already."""
+    with whole_file(folder / "samples.md") as file:
+        file.write(format_samples(questions, greedy).encode())
+    plots.draw_curves(folder, log)
+    trackers.follow(folder / "metrics.jsonl")  # nothing was sent yet if only this stage was due
+    asked = [spoken(question) for question in questions]
+    trackers.finish(asked, greedy, read_json(folder / "eval.json")["table"])
+
+
 def last_evaluation(path) -> dict[str, float]:
     """The metrics of the last evaluation on held-out pairs in a metrics.jsonl."""
     lines = Path(path).read_text("utf-8").splitlines()
@@ -130,42 +141,3 @@ def format_summary(table, held_out, bound, questions, greedy) -> str:
     text += f", margin {held_out['eval_rewards/margins']:+.3f}, loss {held_out['eval_loss']:.4f}"
     three = {name: [shortened(text) for text in texts[:3]] for name, texts in greedy.items()}
     return f"\n{format_table(table)}\n\n{text}\n\n{format_samples(questions, three)}"
-
-
-def draw_curves(metrics, picture, log=print):
-    """Draw a metrics.jsonl as a picture: the loss of every stage, then the rewards of DPO."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        log("curves    not drawn: pip install matplotlib for curves.png")
-        return
-    rows = [json.loads(line) for line in Path(metrics).read_text("utf-8").splitlines()]
-    stages = list(dict.fromkeys(row["stage"] for row in rows))
-    panels = [(stage, ["loss"]) for stage in stages] + [("dpo", names) for names in REWARDS]
-    figure, axes = plt.subplots(math.ceil(len(panels) / 3), 3, figsize=(13, 7), squeeze=False)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    for axis, (stage, names) in zip(axes.flat, panels, strict=False):
-        draw_panel(axis, [row for row in rows if row["stage"] == stage], names)
-        axis.set_title(f"{stage}: {', '.join(names)}")
-    figure.tight_layout()
-    figure.savefig(picture, dpi=100)
-    plt.close(figure)
-
-
-def draw_panel(axis, rows, names):
-    """Each metric as a line over the steps, its held-out values as points of the same colour."""
-    for number, name in enumerate(names):
-        for prefix, style in (("", "-"), ("eval_", "o")):
-            points = [(row["step"], row[prefix + name]) for row in rows if prefix + name in row]
-            if points:
-                label = f"{name.split('/')[-1]}{', held out' if prefix else ''}"
-                edge = {"markeredgecolor": "black"} if prefix else {"linewidth": 1}
-                axis.plot(
-                    *zip(*points, strict=True), style, color=f"C{number}", label=label, **edge
-                )
-    axis.set_xlabel("step")
-    axis.legend(frameon=False)
