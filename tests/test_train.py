@@ -152,8 +152,8 @@ def test_a_run_leaves_the_files_that_the_design_names(whole_run, flags):
     }
     for adapter in ("sft", "dpo"):
         files = {path.name for path in (whole_run / adapter).iterdir()}
-        assert files == {"adapter_config.json", "adapter_model.safetensors"}
-    assert {"config.json", "model.safetensors", "tokenizer.model"} <= {
+        assert files == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert {"config.json", "model.safetensors", "tokenizer.model", "README.md"} <= {
         path.name for path in (whole_run / "merged").iterdir()
     }
     config = json.loads((whole_run / "config.json").read_text())

@@ -202,11 +202,13 @@ def check_tensors(folder, model: Llama, weights: dict):
             )
 
 
-def save_llama(model: Llama, folder, dtype: torch.dtype = torch.bfloat16, tokenizer_from=None):
+def save_llama(
+    model: Llama, folder, dtype: torch.dtype = torch.bfloat16, tokenizer_from=None, card=""
+):
     """Write a plain Hugging Face folder: the dequantized base with the active adapters added.
 
     The model is left as it is, because one layer at a time is merged. tokenizer_from: a folder
-    whose tokenizer and generation settings are copied along.
+    whose tokenizer and generation settings are copied along. card: the text of a README.md.
     """
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in Llama(model.config).named_parameters()}
@@ -221,6 +223,8 @@ def save_llama(model: Llama, folder, dtype: torch.dtype = torch.bfloat16, tokeni
         write_shards(folder, shapes, dtype, read)
         if tokenizer_from:
             copy_tokenizer(tokenizer_from, folder)
+        if card:
+            (folder / "README.md").write_text(card, "utf-8")
 
 
 def write_shards(folder: Path, shapes: dict, dtype: torch.dtype, read):
