@@ -31,7 +31,6 @@ from dpo_minimal.tokenizer import load_tokenizer
 
 TIMES = 3
 NAMES = ("logps/chosen", "logps/rejected", "rewards/margins", "rewards/accuracies", "loss")
-OTHER_TOKENS = "{}: another tokenizer or template than the run's: the pairs have other tokens"
 
 
 class Row(NamedTuple):
@@ -76,7 +75,8 @@ def round_again(model, seed: int = 0):
     """
     generator = torch.Generator().manual_seed(seed)
     for weight in model.parameters():
-        step = torch.ldexp(torch.ones(()), weight.float().frexp().exponent.cpu() - 8)
+        exponent = weight.float().frexp().exponent.cpu()
+        step = torch.ldexp(torch.ones(weight.shape), exponent - 8)  # 8 bits
         drawn = torch.rand(weight.shape, generator=generator)
         moved = step * ((drawn < 1 / 24).float() - (drawn > 23 / 24).float())
         weight.add_(moved.to(weight.device, weight.dtype))
@@ -196,51 +196,71 @@ def read_merged(passport: Passport, folder, pairs, device):
 # --- the verdict ------------------------------------------------------------------------------
 
 
-def check(passport: Passport, adapter, merged, data, device, unquantized, log=print):
-    """(rows, reasons): what was compared, and in words what is wrong with what did not pass."""
-    flags, held_out, rows, reasons = passport.flags, passport.held_out, [], []
+def check_inputs(passport: Passport, adapter, merged, unquantized, texts, encoded):
+    """(rows of what must be equal, what is wrong with those that are not).
+
+    encoded: {"base": the pairs by the base's tokenizer, "merged": by that of the merged folder}.
+    """
+    held_out, rows, reasons = passport.held_out, [], []
 
     def must_equal(what, run, read, reason):
         rows.append(Row(what, str(run)[:12], str(read)[:12]))
-        if not rows[-1].passed:
+        if run != read:
             reasons.append(reason)
-        return rows[-1].passed
 
-    def encode(folder, adapter):
-        tokenizer = open_tokenizer(folder, adapter)
-        return encode_pairs(tokenizer, texts, flags["max_length"], "held-out pairs", log)
-
-    texts = read_texts(passport, data, log)
+    stored = {True: "unquantized", False: "in 4 bits"}
+    trained = stored[passport.flags["no_quantize"]]
     reason = "other pairs than those that the run was evaluated on"
     must_equal("pairs", held_out["texts_digest"], digest.of_pairs(texts), reason)
     reason = f"wrong base: {passport.base} has other weights than the run's base"
-    right = must_equal("base", held_out["base_digest"], digest.of_base(passport.base), reason)
-    stored = {True: "as stored", False: "4 bits"}
-    reason = f"base {stored[unquantized]}: the adapter was trained over it {{}}".format
-    reason = reason("in 4 bits" if unquantized else "unquantized")
-    kept = must_equal("base in", stored[flags["no_quantize"]], stored[unquantized], reason)
-    if not flags["no_sft"] and not contains(adapter, passport.run / "sft"):
-        reasons.append(f"{adapter}: an adapter without the SFT: it does not contain the run's sft/")
-    pairs = encode(passport.base, adapter)
-    tokens, reason = held_out["tokens_digest"], OTHER_TOKENS.format(passport.base)
-    must_equal("base's tokens", tokens, digest.of_pairs(pairs), reason)
-    merged_pairs, reason = encode(merged, None), OTHER_TOKENS.format(merged)
-    same = must_equal("merged's tokens", tokens, digest.of_pairs(merged_pairs), reason)
+    must_equal("base", held_out["base_digest"], digest.of_base(passport.base), reason)
+    reason = f"the base is {stored[unquantized]}: the adapter was trained over it {trained}"
+    must_equal("base is", trained, stored[unquantized], reason)
+    for name, folder in (("base", passport.base), ("merged", merged)):
+        reason = f"{folder}: another tokenizer or template: the pairs have other tokens"
+        read = digest.of_pairs(encoded[name])
+        must_equal(f"{name}'s tokens", held_out["tokens_digest"], read, reason)
+    if not passport.flags["no_sft"]:
+        has = contains(adapter, passport.run / "sft")
+        reason = f"{adapter}: an adapter without the SFT: it does not contain the run's sft/"
+        must_equal("adapter has SFT", "yes", "yes" if has else "no", reason)
+    return rows, reasons
+
+
+def check_numbers(passport: Passport, adapter, merged, quantize, encoded, device, failed) -> list:
+    """A row for each number of each product. failed: what `check_inputs` found to be unequal."""
+    flags, pairs = passport.flags, encoded["base"]
+    policy, ref = read_adapter(passport, adapter, pairs, device, quantize)
+    from_merged, moved, width = read_merged(passport, merged, pairs, device)
+    values, of_merged = values_of(policy, ref, flags), values_of(from_merged, ref, flags)
+    bounds = tolerances(of_merged, values_of(moved, ref, flags))
+    narrow = same_arithmetic(bounds, values, width, passport.dtype)
+    rows = compare("adapter", passport.held_out, values, narrow, NAMES)
+    if "merged's tokens" in failed:
+        return rows
+    # The rewards of merged/ need a reference, and so the right base.
+    names = NAMES[:2] if failed & {"base", "base is"} else NAMES
+    return rows + compare("merged", passport.held_out, of_merged, bounds, names)
+
+
+def check(passport: Passport, adapter, merged, data, device, unquantized, log=print):
+    """(rows, reasons): what was compared, and in words what is wrong with what did not pass."""
+    texts, encoded = read_texts(passport, data, log), {}
+    max_length = passport.flags["max_length"]
+    for name, tokenizer in {
+        "base": open_tokenizer(passport.base, adapter),
+        "merged": open_tokenizer(merged),
+    }.items():
+        encoded[name] = encode_pairs(tokenizer, texts, max_length, "held-out pairs", log)
+    rows, reasons = check_inputs(passport, adapter, merged, unquantized, texts, encoded)
+    failed = {row.what for row in rows if not row.passed}
+    quantize = None if unquantized else "nf4"
     try:
-        quantize = None if unquantized else "nf4"
-        policy, ref = read_adapter(passport, adapter, pairs, device, quantize)
-        from_merged, moved, width = read_merged(passport, merged, pairs, device)
+        rows += check_numbers(passport, adapter, merged, quantize, encoded, device, failed)
     except InputError as error:  # a base of another shape, for example
         if not reasons:
             raise
         return rows, [*reasons, str(error)]
-    values, of_merged = values_of(policy, ref, flags), values_of(from_merged, ref, flags)
-    bounds = tolerances(of_merged, values_of(moved, ref, flags))
-    narrow = same_arithmetic(bounds, values, width, passport.dtype)
-    rows += compare("adapter", held_out, values, narrow, NAMES)
-    if same:  # the reference needs the run's base
-        names = NAMES if right and kept else NAMES[:2]
-        rows += compare("merged", held_out, of_merged, bounds, names)
     for kind, folder in (("adapter", adapter), ("merged", merged)):
         if not reasons and not all(row.passed for row in rows if row.what.startswith(f"{kind} ")):
             reasons.append(f"{folder}: other weights than those that the run was evaluated with")
