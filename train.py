@@ -20,7 +20,6 @@ from dpo_minimal.evaluate import evaluate_pairs, one_epoch
 from dpo_minimal.extras import large, parallel, preflight, progress, report, reuse, signals
 from dpo_minimal.extras.command_line import run_command
 from dpo_minimal.extras.machine import peak_memory_gb
-from dpo_minimal.files import write_json
 from dpo_minimal.formats.huggingface import read_config
 from dpo_minimal.formats.rows import read_rows
 from dpo_minimal.llama import Llama, LlamaConfig
@@ -28,7 +27,7 @@ from dpo_minimal.loop import Stage, train
 from dpo_minimal.lora import active_adapters, add_adapter
 from dpo_minimal.loss import dpo_loss, preference_logps, reward_metrics, sft_loss
 from dpo_minimal.nf4 import keep_weights
-from dpo_minimal.reference import known_reference_logps
+from dpo_minimal.reference import known_reference_logps, new_table
 from dpo_minimal.run import Run, read_run
 from dpo_minimal.tokenizer import load_tokenizer, train_tokenizer
 
@@ -82,7 +81,7 @@ def main():
         if not args.no_sft:
             load_adapter(model, run.out / "sft", "sft")
         load_adapter(model, run.out / "dpo", "dpo")  # this one is sft + dpo: activate it alone
-        evaluate(run, model, tokenizer, splits.evaluation)
+        evaluate(run, model, tokenizer, splits.evaluation, held_out)
     tell(f"done      {run.out}, peak memory {peak_memory_gb():.2f} GB")
 
 
@@ -191,16 +190,7 @@ def dpo(run: Run, model, pairs, held_out):
             policy_chosen_logps, policy_rejected_logps, chosen_rewards, rejected_rewards
         )
 
-    evaluate_held_out = partial(
-        evaluate_pairs,
-        pairs=held_out,
-        batches=one_epoch(held_out, settings.batch_size),
-        ref_table=tables["held-out"],
-        beta=args.beta,
-        label_smoothing=args.label_smoothing,
-        kind=args.loss,
-        device=run.device,
-    )
+    evaluate_held_out = evaluation_of(run, held_out, tables["held-out"], settings.batch_size)
     order = pair_order(pairs, settings.batch_size, args.seed)
     collate = partial(pair_batch, pairs, device=run.device)
     stage = Stage("dpo", objective, order, collate, evaluate_held_out, tables)
@@ -209,28 +199,31 @@ def dpo(run: Run, model, pairs, held_out):
     run.finish("dpo", partial(save_adapter, model, ["sft", "dpo"], run.out / "dpo", *run.about))
 
 
-def evaluate(run: Run, model, tokenizer, held_out):
-    """Compare base, SFT and DPO; write eval.json, samples.md, curves.png and merged/."""
-    questions = list(dict.fromkeys(pair.prompt for pair in held_out))
-    questions = questions[: 120 if run.on_forum else 16]
-    table, greedy = report.compare(
-        model,
-        tokenizer,
-        questions,
+def evaluation_of(run: Run, pairs, ref_table, batch_size: int):
+    """What measures EncodedPairs under a model's active adapters; see `evaluate_pairs`."""
+    return partial(
+        evaluate_pairs,
+        pairs=pairs,
+        batches=one_epoch(pairs, batch_size),
+        ref_table=ref_table,
+        beta=run.args.beta,
+        label_smoothing=run.args.label_smoothing,
+        kind=run.args.loss,
         device=run.device,
-        max_new_tokens=64 if run.on_forum else 128,
-        seed=run.args.seed,
-        judged=run.on_forum,
-        log=tell,
     )
-    rewards = report.last_evaluation(run.out / "metrics.jsonl")
-    table["DPO"]["reward_accuracy"] = rewards["eval_rewards/accuracies"]
-    bound = report.vote_bound(held_out) if run.on_forum else None
-    write_json(run.out / "eval.json", {"table": table, "held_out": rewards, "vote_bound": bound})
-    report.publish(run.out, questions, greedy, tell)
+
+
+def evaluate(run: Run, model, tokenizer, texts, pairs):
+    """Measure DPO on held-out pairs, compare it with base and SFT; merged/ is written last.
+
+    texts: PreferencePairs. pairs: EncodedPairs, those of the texts that fit.
+    """
+    measure = evaluation_of(run, pairs, new_table(len(pairs)), run.settings["dpo"].batch_size)
     with active_adapters(model, ["dpo"]):
-        save_llama(model, run.out / "merged", tokenizer_from=run.model_folder, add=run.describe)
-    tell(report.format_summary(table, rewards, bound, questions, greedy))
+        held_out = report.describe_pairs(run, texts, pairs, measure(model))
+        card = report.write_results(run, model, tokenizer, texts, held_out, tell)
+        base, about = run.model_folder, partial(run.describe, card=card)
+        save_llama(model, run.out / "merged", tokenizer_from=base, add=about)
 
 
 if __name__ == "__main__":

@@ -73,3 +73,10 @@ def kl_estimate(model, reference, prompts, answers, device, batch_size=16) -> fl
         ratios += (log_pi - log_ref).tolist()
     model.train(training)
     return mean(ratios)
+
+
+if __name__ == "__main__":
+    from dpo_minimal.extras.command_line import run_command
+    from dpo_minimal.extras.measure import main
+
+    run_command(main)

@@ -88,9 +88,11 @@ class Run:
         """The chat template that everything here is in; None for the blog's text."""
         return chosen_template(self.args, self.args.sft_adapter, self.model_folder)
 
-    def describe(self, folder):
-        """Put beside a product how it wants to be asked."""
+    def describe(self, folder, card=""):
+        """Put beside a product how it wants to be asked, and its model card once there is one."""
         write_template(folder, self.template)
+        if card:
+            (Path(folder) / "README.md").write_text(card, "utf-8")
 
     @property
     def about(self) -> tuple:

@@ -1,6 +1,5 @@
 """Rewards on held-out pairs, KL, win rate, the bound of noisy votes, the table."""
 
-import json
 import math
 import random
 from types import SimpleNamespace
@@ -9,18 +8,17 @@ import pytest
 import torch
 from helpers import fill_adapter, tiny_llama
 
-import train
 from dpo_minimal import forum, reference
 from dpo_minimal.batches import pair_batch
 from dpo_minimal.data import EncodedPair, PreferencePair
 from dpo_minimal.evaluate import evaluate_pairs, kl_estimate, one_epoch, preference_metrics
+from dpo_minimal.extras import report
 from dpo_minimal.extras.report import (
     compare,
     format_samples,
     format_summary,
     format_table,
     judge_answers,
-    last_evaluation,
     vote_bound,
     win_rate,
 )
@@ -270,7 +268,7 @@ def test_a_question_of_several_held_out_pairs_is_asked_once(monkeypatch, on_foru
     def stop(model, tokenizer, questions, **settings):
         raise Asked(questions)
 
-    monkeypatch.setattr(train.report, "compare", stop)
+    monkeypatch.setattr(report, "compare", stop)
     run = SimpleNamespace(on_forum=on_forum, device="cpu", args=SimpleNamespace(seed=0))
     held_out = [PreferencePair(f"q{i % 130}", f"yes {i}", "no") for i in range(390)]
     for pairs, expected in (
@@ -278,7 +276,7 @@ def test_a_question_of_several_held_out_pairs_is_asked_once(monkeypatch, on_foru
         ([held_out[i] for i in (7, 3, 133, 137, 2)], ["q7", "q3", "q2"]),
     ):
         with pytest.raises(Asked) as caught:
-            train.evaluate(run, None, None, pairs)
+            report.ask_held_out(run, None, None, pairs)
         assert caught.value.args[0] == expected
 
 
@@ -299,14 +297,16 @@ def test_samples_and_summary_show_questions_with_every_answer():
     assert text.startswith("### q1\n\n- **SFT**: s1\n- **DPO**: d1\n")
     assert "q4" in text and "q5" not in text
     held_out = {"eval_rewards/accuracies": 0.8125, "eval_rewards/margins": 1.5, "eval_loss": 0.5}
+    held_out |= {"of": 54, "pairs": "new.jsonl"}
     summary = format_summary({"SFT": {"kl_to_sft": 0.0}}, held_out, 0.9, ["q1"] * 5, greedy)
     assert "0.812" in summary and "0.900" in summary and "+1.500" in summary
-    assert summary.count("### ") == 3
+    assert summary.count("### ") == 3 and "(54 of new.jsonl)" in summary
 
 
 def test_an_endless_answer_does_not_scroll_the_summary_away():
     greedy = {"base": ["A:\n" * 30, "b" * 5000, "short\nof three\nlines\n"]}
     held_out = {"eval_rewards/accuracies": 0.5, "eval_rewards/margins": 0.0, "eval_loss": 0.7}
+    held_out |= {"of": 54, "pairs": "new.jsonl"}
     summary = format_summary({"base": {"kl_to_sft": 0.0}}, held_out, None, ["q"] * 3, greedy)
     assert summary.count("A:") == 4 and summary.count("b" * 400) == 1 and len(summary) < 1000
     assert summary.count("[...]") == 2 and "of three\n  lines" in summary
@@ -321,10 +321,3 @@ def test_a_question_that_leaves_no_room_for_the_answer_is_told(tokenizer):
         told = []
         compare(model, tokenizer, ["Who?"], max_new_tokens=new_tokens, log=told.append, **usual)
         assert any(f"has {len(prompt)} tokens" in line for line in told) == is_told
-
-
-def test_the_last_evaluation_of_the_metrics_counts(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    rows = [{"step": 0, "eval_loss": 0.7}, {"step": 4, "eval_loss": 0.5, "eval_x": 1}, {"loss": 9}]
-    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    assert last_evaluation(path) == {"eval_loss": 0.5, "eval_x": 1}

@@ -144,8 +144,8 @@ def steps_of(out, stage):
 
 
 def test_beta_label_smoothing_and_loss_reach_training_and_evaluation_alike(recorded, switched):
-    # 4 steps of 2 batches, and evaluations before steps 0 and 2 and behind the last
-    assert recorded[0].losses == [(0.37, 0.2, "sigmoid")] * (4 * 2 + 3)
+    # 4 steps of 2 batches, evaluations before steps 0 and 2 and behind the last, and at the end
+    assert recorded[0].losses == [(0.37, 0.2, "sigmoid")] * (4 * 2 + 3 + 1)
     assert set(switched[0].losses) == {(0.1, 0.0, "ipo")}
 
 

@@ -150,10 +150,11 @@ def test_a_run_leaves_the_files_that_the_design_names(whole_run, flags):
         *("config.json", "metrics.jsonl", "eval.json", "samples.md"),
         *("sft", "dpo", "merged", "state", "reference"),  # reference-1a2b3c.safetensors
     }
+    about = {"README.md", "chat_template.jinja"}
     for adapter in ("sft", "dpo"):
         files = {path.name for path in (whole_run / adapter).iterdir()}
-        assert files == {"adapter_config.json", "adapter_model.safetensors"}
-    assert {"config.json", "model.safetensors", "tokenizer.model"} <= {
+        assert files == {"adapter_config.json", "adapter_model.safetensors", *about}
+    assert {"config.json", "model.safetensors", "tokenizer.model", *about} <= {
         path.name for path in (whole_run / "merged").iterdir()
     }
     config = json.loads((whole_run / "config.json").read_text())

@@ -1,15 +1,13 @@
 """What a run shows at its end: base, SFT and DPO side by side, the judge's verdict, and curves."""
 
-import json
 import math
-from pathlib import Path
 from statistics import mean
 
 from dpo_minimal import forum
 from dpo_minimal.data import encode_example
 from dpo_minimal.evaluate import kl_estimate
-from dpo_minimal.extras import plots, trackers
-from dpo_minimal.files import read_json, whole_file
+from dpo_minimal.extras import card, digest, plots, trackers
+from dpo_minimal.files import whole_file, write_json
 from dpo_minimal.formats.conversations import spoken
 from dpo_minimal.generate import sample_answers
 from dpo_minimal.lora import active_adapters, adapter_names
@@ -116,26 +114,67 @@ def shortened(text: str, lines: int = 4, characters: int = 400) -> str:
     return text if beginning == text.rstrip() else f"{beginning} [...]"
 
 
-def publish(folder, questions, greedy, log=print):
-    """Write samples.md, draw curves.png, tell the tracker; eval.json is there already."""
+def publish(folder, questions, greedy, table, log=print):
+    """Write samples.md, draw curves.png, tell the tracker."""
     with whole_file(folder / "samples.md") as file:
         file.write(format_samples(questions, greedy).encode())
     plots.draw_curves(folder, log)
     trackers.follow(folder / "metrics.jsonl")  # nothing was sent yet if only this stage was due
     asked = [spoken(question) for question in questions]
-    trackers.finish(asked, greedy, read_json(folder / "eval.json")["table"])
+    trackers.finish(asked, greedy, table)
 
 
-def last_evaluation(path) -> dict[str, float]:
-    """The metrics of the last evaluation on held-out pairs in a metrics.jsonl."""
-    lines = Path(path).read_text("utf-8").splitlines()
-    last = json.loads([line for line in lines if '"eval_loss"' in line][-1])
-    return {name: value for name, value in last.items() if name.startswith("eval_")}
+def describe_pairs(run, texts, pairs, metrics) -> dict:
+    """Metrics of pairs, with what says of which pairs they are, and over which base.
+
+    texts: PreferencePairs. pairs: EncodedPairs, those of the texts that fit.
+    """
+    named = {f"eval_{name}": value for name, value in metrics.items()}
+    return named | {
+        "pairs": str(run.args.eval_data or run.args.data or "the forum's evaluation part"),
+        "of": len(pairs),
+        "tokens": sum(len(ids) for pair in pairs for ids in pair),
+        "texts_digest": digest.of_pairs(texts),
+        "tokens_digest": digest.of_pairs(pairs),
+        "base_digest": digest.of_base(run.model_folder),
+    }
+
+
+def ask_held_out(run, model, tokenizer, texts, log=print):
+    """(questions, table, greedy): `compare` on the questions of held-out pairs, each one once."""
+    questions = list(dict.fromkeys(pair.prompt for pair in texts))
+    questions = questions[: 120 if run.on_forum else 16]
+    table, greedy = compare(
+        model,
+        tokenizer,
+        questions,
+        device=run.device,
+        max_new_tokens=64 if run.on_forum else 128,
+        seed=run.args.seed,
+        judged=run.on_forum,
+        log=log,
+    )
+    return questions, table, greedy
+
+
+def write_results(run, model, tokenizer, texts, held_out, log=print) -> str:
+    """Write eval.json, samples.md, curves.png and model cards; show what a run ends with.
+
+    held_out: of `describe_pairs`, for these texts. Returns the model card of merged/.
+    """
+    questions, table, greedy = ask_held_out(run, model, tokenizer, texts, log)
+    table["DPO"]["reward_accuracy"] = held_out["eval_rewards/accuracies"]
+    bound = vote_bound(texts) if run.on_forum else None
+    write_json(run.out / "eval.json", {"table": table, "held_out": held_out, "vote_bound": bound})
+    publish(run.out, questions, greedy, table, log)
+    log(format_summary(table, held_out, bound, questions, greedy))
+    return card.write_cards(run, held_out, format_table(table))
 
 
 def format_summary(table, held_out, bound, questions, greedy) -> str:
     """What a run prints at its end: the table, the held-out accuracy, three questions answered."""
-    text = f"held-out pairs: reward accuracy {held_out['eval_rewards/accuracies']:.3f}"
+    text = f"held-out pairs ({held_out['of']} of {held_out['pairs']}): "
+    text += f"reward accuracy {held_out['eval_rewards/accuracies']:.3f}"
     if bound is not None:
         text += f" (the truth itself agrees with {bound:.3f} of the noisy votes)"
     text += f", margin {held_out['eval_rewards/margins']:+.3f}, loss {held_out['eval_loss']:.4f}"
