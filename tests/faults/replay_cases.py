@@ -1,10 +1,7 @@
-"""The cases of replay.py that are about runs: rows 1 to 3, 8, 15 and 16; it imports the others."""
+"""The cases of replay.py that are about runs: rows 1 to 3; it imports the others."""
 
-import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -41,9 +38,12 @@ def place_maker(folder: Path):
 def all_cases() -> list[Case]:
     """Every case, by row."""
     from replay_inputs import input_cases
+    from replay_stops import stop_cases
+    from replay_weights import weight_cases
 
-    cases = not_finite() + two_at_once() + system_says_no() + damaged() + stopped() + the_rest()
-    return sorted(cases + input_cases(), key=lambda case: case.row)
+    cases = not_finite() + two_at_once() + system_says_no()
+    cases += stop_cases() + input_cases() + weight_cases()
+    return sorted(cases, key=lambda case: case.row)
 
 
 def flag_case(row: int, words: str, says: str = "") -> Case:
@@ -144,7 +144,7 @@ def two_at_once():
     def resumed(place):
         long = place.flags("--max-steps", 9999, "--epochs", 9999)
         process = begin(place.folder, [TRAIN, *long])
-        wait_for(place, "step    2")
+        wait_for(place, process, "step    1")
         other = place.folder / "other"
         other.mkdir()
         done = launch(other, [TRAIN, *long, "--resume"])
@@ -155,13 +155,14 @@ def two_at_once():
     return [Case(2, "two seeds at once", seeds), Case(2, "--resume of a running run", resumed)]
 
 
-def wait_for(place: Place, text: str):
-    """Wait until a process has printed something."""
-    for _ in range(6000):
+def wait_for(place: Place, process, text: str):
+    """Wait until a process has printed something; the log has a line every two seconds."""
+    for _ in range(3000):
         if text in (place.folder / "out").read_text():
             return
         time.sleep(0.02)
-    raise TimeoutError(text)
+    process.kill()
+    raise TimeoutError(f"{text!r} was not printed")
 
 
 # 3. The system says no.
@@ -180,11 +181,11 @@ def system_says_no():
 
         return Case(3, f"ulimit -f: {size} bytes, then --resume without", try_it)
 
-    def full_disk(megabytes, words=""):
+    def full_disk(kilobytes):
         def try_it(place):
-            disk = mounted(place, f"size={megabytes}m")
+            disk = mounted(place, f"size={kilobytes}k")
             try:
-                flags = place.flags("--out", disk / "run", *words.split())
+                flags = place.flags("--out", disk / "run")
                 done = place.train(*flags, env={"TMPDIR": str(disk)})
                 wrong = refused(done, "No space left")
                 subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
@@ -192,7 +193,7 @@ def system_says_no():
             finally:
                 subprocess.run(["umount", "-l", str(disk)], check=True)
 
-        return Case(3, f"a disk of {megabytes} MB {words}, --resume after it grew", try_it)
+        return Case(3, f"a disk of {kilobytes} KB, --resume after it grew", try_it)
 
     def read_only(place):
         disk = mounted(place, "ro")
@@ -211,8 +212,8 @@ def system_says_no():
         finally:
             subprocess.run(["umount", "-l", str(disk)], check=True)
 
-    sizes = [600, 3000, 9000, 30_000, 80_000]
-    disks = [full_disk(0.01), full_disk(0.05), full_disk(0.1), full_disk(0.2)]
+    sizes = [600, 3000, 9000, 30_000]
+    disks = [full_disk(kilobytes) for kilobytes in (12, 24, 52, 72)]
     more = [Case(3, "a read-only disk", read_only), Case(3, "a full TMPDIR, the forum", full_tmp)]
     return [small_files(size) for size in sizes] + disks + more
 
@@ -221,173 +222,7 @@ def mounted(place: Place, options: str) -> Path:
     """A disk of its own; only root may mount one."""
     disk = place.folder / "disk"
     disk.mkdir()
-    if "size=0." in options:
-        options = f"size={int(float(options[5:-1]) * 1024)}k"
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(disk)])
     if done.returncode:
         raise Skip("needs root")
     return disk
-
-
-# 8. Damaged states.
-
-
-def interrupted(place: Place):
-    """A run that is stopped in DPO, with its state."""
-    process = begin(place.folder, [TRAIN, *long_dpo(place)])
-    wait_for(place, "dpo      step    2")
-    process.send_signal(signal.SIGTERM)
-    return end(place.folder, process)
-
-
-def long_dpo(place: Place):
-    """So many steps that a signal comes in between: the log shows a line every two seconds."""
-    return place.flags("--stage", "dpo", "--no-sft", "--max-steps", 9999, "--epochs", 9999)
-
-
-def damaged():
-    def cut(data):
-        return data[: len(data) // 2]
-
-    def flip(data):
-        return (
-            data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
-        )
-
-    damages = {"cut off": cut, "empty": lambda d: b"", "foreign": lambda d: b"hello " * 99}
-
-    def case(pattern, kind, change, finish=False):
-        def try_it(place):
-            if finish:  # a run that lost its DPO again, so that the reference's values are read
-                ran(place.train(*place.flags()))
-                shutil.rmtree(place.out / "dpo"), shutil.rmtree(place.out / "merged")
-                flags = place.flags("--resume")
-            else:
-                interrupted(place)
-                flags = ["--out", place.out, "--resume"]
-            path = next(place.out.glob(pattern))
-            path.write_bytes(change(path.read_bytes()))
-            done = place.train(*flags)
-            return done, refused(done, path.name)
-
-        return Case(8, f"{pattern} is {kind}", try_it)
-
-    cases = [case("state/dpo.pt", kind, change) for kind, change in damages.items()]
-    cases.append(case("state/dpo.pt", "changed in one bit", flip))
-    cases += [case("config.json", kind, change) for kind, change in damages.items()]
-    names = "reference-*.safetensors"
-    cases += [case(names, kind, change, finish=True) for kind, change in damages.items()]
-    cases.append(Case(8, "metrics.jsonl with broken rows: they are dropped", broken_log))
-    return cases + [
-        other_data("reversed", lambda x: x[::-1]),
-        other_data("shorter", lambda x: x[1:]),
-    ]
-
-
-def broken_log(place):
-    done = place.train(*place.flags("--stage", "sft"))
-    log = place.out / "metrics.jsonl"
-    log.write_text("[]\n3\n" + log.read_text() + '{"stage": "s')
-    done = place.train(*place.flags("--resume", "--stage", "dpo"))
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
-    return done, ran(done) or ("" if all("step" in row for row in rows) else "broken rows stayed")
-
-
-def other_data(kind, change):
-    def try_it(place):
-        interrupted(place)
-        rows = place.data.read_text().splitlines()
-        place.data.write_text("\n".join(change(rows)) + "\n")
-        done = place.train("--out", place.out, "--resume")
-        return done, refused(done, "the data changed")
-
-    return Case(8, f"the data are {kind} at --resume", try_it)
-
-
-# 15. Signals and pipes.
-
-
-def stopped():
-    def early(place):
-        process = begin(place.folder, [TRAIN, *place.flags()], real=True)
-        time.sleep(0.7)  # torch is being imported
-        process.send_signal(signal.SIGINT)
-        done = end(place.folder, process)
-        return done, ran(done, status=done.status) or ("" if done.status else "it went on")
-
-    def within(name):
-        def try_it(place):
-            process = begin(place.folder, [TRAIN, *long_dpo(place)])
-            wait_for(place, "dpo      step    1")
-            process.send_signal(getattr(signal, name))
-            done = end(place.folder, process)
-            saved = (place.out / "state" / "dpo.pt").exists()
-            return done, ran(done, "--resume goes on", 130) or ("" if saved else "no state")
-
-        return Case(15, f"{name} within a stage", try_it)
-
-    def pipe(place):
-        head = subprocess.Popen(["head", "-1"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
-        process = begin(place.folder, [TRAIN, *place.flags()], stdout=head.stdin)
-        head.stdin.close()
-        done = end(place.folder, process)
-        head.wait()
-        return done, ran(done) or ("" if not done.err else "it said something")
-
-    cases = [within(name) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
-    return [Case(15, "Ctrl-C during the imports", early), *cases, Case(15, "| head -1", pipe)]
-
-
-# 16. Odd files; a run that is finished.
-
-
-def the_rest():
-    def finished(place):
-        place.train(*place.flags())
-        done = place.train(*place.flags("--resume"))
-        return done, ran(done, "is finished")
-
-    def unsaved(place):
-        process = begin(place.folder, [TRAIN, *long_dpo(place), "--save-every", 0])
-        wait_for(place, "dpo      step    1")
-        process.kill()
-        end(place.folder, process)
-        words = ["--out", place.out, "--resume", "--max-steps", 9999]
-        process = begin(place.folder, [TRAIN, *words])
-        wait_for(place, "dpo      step    1")
-        process.kill()
-        done = end(place.folder, process)
-        return done, ran(done, "no saved state: begins anew", -signal.SIGKILL)
-
-    def here(place):
-        flags = ["--model", ".", "--data", place.data, "--max-steps", 1, "--max-length", 96]
-        done = place.train(*flags, cwd=place.model)
-        made = (place.model / "runs" / "model" / "config.json").exists()
-        return done, ran(done) or ("" if made else "not in runs/model")
-
-    def fifo(place):
-        place.data.unlink()
-        os.mkfifo(place.data)
-        done = place.train(*place.flags())
-        return done, refused(done)
-
-    def endless(place):
-        done = place.train(*place.flags("--data", "/dev/zero"))
-        return done, refused(done)
-
-    def left_state(place):
-        place.train(*place.flags("--stage", "sft"))
-        (place.out / "state" / "sft.pt").write_bytes(b"")
-        done = place.train(*place.flags("--resume", "--stage", "dpo"))
-        left = [p.name for p in (place.out / "state").iterdir()]
-        return done, ran(done) or ("" if not left else f"left over: {left}")
-
-    names = {
-        "a finished run, --resume": finished,
-        "killed before the first save, --resume": unsaved,
-        "--model .": here,
-        "--data is a FIFO": fifo,
-        "--data /dev/zero": endless,
-        "a state that a kill left behind": left_state,
-    }
-    return [Case(16, name, try_it) for name, try_it in names.items()]
