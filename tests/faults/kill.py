@@ -130,11 +130,13 @@ def undisturbed(world: World, log: Path) -> list[str]:
         sys.exit(f"{world.name}: the undisturbed run ended with {status}\n{log.read_text()}")
     found = json.loads(log.with_suffix(".json").read_text())
     world.events = found["events"]
+    left = [*(world.out / "state").iterdir(), *world.out.rglob(".*")]
     world.out.rename(world.expected)
     print(
         f"{world.name}: undisturbed {world.seconds:.1f} s, {world.events} file events", flush=True
     )
-    return [f"renamed before synced: {Path(path).name}" for path in found["unsynced"]]
+    wrong = [f"left over: {path.name}" for path in left]
+    return wrong + [f"renamed before synced: {Path(path).name}" for path in found["unsynced"]]
 
 
 def chain(world: World, rng: random.Random, log: Path, most: int):

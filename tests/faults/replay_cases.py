@@ -144,7 +144,7 @@ def two_at_once():
     def resumed(place):
         long = place.flags("--max-steps", 9999, "--epochs", 9999)
         process = begin(place.folder, [TRAIN, *long])
-        wait_for(place, process, "step    1")
+        wait_for(place, process, "/9999  loss")
         other = place.folder / "other"
         other.mkdir()
         done = launch(other, [TRAIN, *long, "--resume"])

@@ -22,7 +22,7 @@ def stop_cases() -> list[Case]:
 def interrupted(place: Place):
     """A run that is stopped in DPO, with its state."""
     process = begin(place.folder, [TRAIN, *long_dpo(place)])
-    wait_for(place, process, "dpo      step    1")
+    wait_for(place, process, "/9999  loss")
     process.send_signal(signal.SIGTERM)
     return end(place.folder, process)
 
@@ -105,7 +105,7 @@ def stopped():
     def within(name):
         def try_it(place):
             process = begin(place.folder, [TRAIN, *long_dpo(place)])
-            wait_for(place, process, "dpo      step    1")
+            wait_for(place, process, "/9999  loss")
             process.send_signal(getattr(signal, name))
             done = end(place.folder, process)
             saved = (place.out / "state" / "dpo.pt").exists()
@@ -136,12 +136,12 @@ def the_rest():
 
     def unsaved(place):
         process = begin(place.folder, [TRAIN, *long_dpo(place), "--save-every", 0])
-        wait_for(place, process, "dpo      step    1")
+        wait_for(place, process, "/9999  loss")
         process.kill()
         end(place.folder, process)
         words = ["--out", place.out, "--resume", "--max-steps", 9999]
         process = begin(place.folder, [TRAIN, *words])
-        wait_for(place, process, "dpo      step    1")
+        wait_for(place, process, "/9999  loss")
         process.kill()
         done = end(place.folder, process)
         return done, ran(done, "no saved state: begins anew", -signal.SIGKILL)

@@ -104,7 +104,8 @@ def asking():
     def case(words, wanted=None):
         def try_it(place):
             ask = ["-m", "dpo_minimal.generate", "--model", place.model, "--max-new-tokens", 4]
-            done = launch(place.folder, [*ask, "--prompt", "Is it?", *words])
+            # Anew, because a copy of this process has the module already.
+            done = launch(place.folder, [*ask, "--prompt", "Is it?", *words], real=True)
             return done, refused(done) if wanted is None else ran(done)
 
         return Case(12, f"generate {' '.join(map(ascii, words))[:40]}", try_it)
