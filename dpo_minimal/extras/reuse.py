@@ -29,7 +29,7 @@ def begin(out: Path, source: Path, data: str):
         return
     if read_json(source / "config.json").get("data") != data:
         raise InputError(f"--reuse {source}: the data changed since that run")
-    for tables in source.glob("reference-*.safetensors"):  # first: folders tell what is done
+    for tables in source.glob("reference-*"):  # first: folders tell what is done
         with whole_file(out / tables.name) as file:
             file.write(tables.read_bytes())
     for name in missing:

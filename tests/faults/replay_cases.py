@@ -64,7 +64,9 @@ def non_finite_files(folder: Path) -> str:
     """The files of a run that hold a number that is not finite; NaN in a table means unknown."""
     wrong = []
     for path in [p for p in folder.rglob("*") if p.is_file()]:
-        if path.suffix == ".safetensors" and not path.name.startswith("reference-"):
+        if path.name.startswith("reference-"):
+            continue
+        if path.suffix == ".safetensors":
             tensors = [t.read() for t in open_safetensors(path).values()]
         elif path.suffix == ".pt":
             raw = read_sealed(path)
