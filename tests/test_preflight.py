@@ -21,6 +21,7 @@ ARGS = SimpleNamespace(
     target_modules="q_proj,v_proj",
     gradient_checkpointing=False,
     no_quantize=True,
+    resume=False,
 )
 RUN = SimpleNamespace(args=ARGS, device="cpu", dtype=torch.float32)
 PAIRS = [EncodedPair([1, 2, 3], [4, 5], [6, 7, 8, 9])] * 40  # prompt 3, chosen 2, rejected 4

@@ -13,7 +13,7 @@ import torch
 
 from dpo_minimal import InputError
 from dpo_minimal.extras import digest, parallel
-from dpo_minimal.files import read_json, whole_folder
+from dpo_minimal.files import read_json, whole_file, whole_folder
 from dpo_minimal.formats.safetensors import open_safetensors, write_safetensors
 from dpo_minimal.reference import new_table
 
@@ -30,11 +30,12 @@ def begin(out: Path, source: Path, data: str):
         return
     if read_json(source / "config.json").get("data") != data:
         raise InputError(f"--reuse {source}: the data changed since that run")
+    for tables in source.glob("reference-*"):  # first: folders tell what is done
+        with whole_file(out / tables.name) as file:
+            file.write(tables.read_bytes())
     for name in missing:
         with whole_folder(out / name) as folder:
             shutil.copytree(source / name, folder, dirs_exist_ok=True)
-    for tables in source.glob("reference-*.safetensors"):
-        shutil.copy(tables, out)
 
 
 def tables_path(run) -> Path:
