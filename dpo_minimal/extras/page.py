@@ -1,0 +1,205 @@
+"""The page of the demo: what is asked, how it is sampled, and a card for each answer (gradio)."""
+
+import os
+from functools import partial
+from html import escape
+
+from dpo_minimal import InputError
+from dpo_minimal.extras.answers import Answer, Sampling, Trio, ask, example_questions
+
+ROLES = {
+    "base": "the model as it was",
+    "SFT": "fine-tuned on answers",
+    "DPO": "tuned on preferences",
+}
+STYLE = """
+.gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
+.page { --base: #71717a; --SFT: #2563eb; --DPO: #059669; --minus: #dc2626; --muted: #5b5b66; }
+.dark .page { --base: #a1a1aa; --SFT: #60a5fa; --DPO: #34d399; --minus: #f87171; --muted: #b4b4bd; }
+.page, .page * { box-sizing: border-box; }
+.head h1 { font-size: 1.75rem; line-height: 1.2; margin: 1rem 0 .35rem; font-weight: 650; }
+.head p, .note { color: var(--muted); margin: 0; line-height: 1.5; }
+.note { font-size: .9rem; padding: .1rem .1rem 1rem; }
+.note b { color: var(--body-text-color); }
+.note .error { color: var(--minus); }
+.cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(260px, 1fr)); }
+.card { display: flex; flex-direction: column; min-width: 0; min-height: 17rem; overflow: hidden;
+  background: var(--block-background-fill); border: 1px solid var(--border-color-primary);
+  border-top: 4px solid var(--tone); border-radius: 10px; padding: .9rem 1.1rem 1rem; }
+.card header { display: flex; align-items: baseline; gap: .6rem; flex-wrap: wrap; }
+.card h2 { color: var(--tone); font-size: 1.15rem; font-weight: 700; margin: 0; }
+.card small { color: var(--muted); font-size: .82rem; }
+.card .text { flex: 1; margin: .7rem 0 1rem; line-height: 1.55; white-space: pre-wrap;
+  overflow-wrap: anywhere; color: var(--body-text-color); }
+.card .text i { color: var(--muted); }
+.writing::after { content: "\\258d"; color: var(--tone); animation: blink 1s steps(2) infinite; }
+@keyframes blink { 50% { opacity: 0; } }
+@media (prefers-reduced-motion: reduce) { .writing::after { animation: none; } }
+.card footer { border-top: 1px solid var(--border-color-primary); padding-top: .7rem; }
+.line { display: flex; justify-content: space-between; align-items: baseline; gap: .5rem; }
+.line b { font-size: 1.35rem; font-variant-numeric: tabular-nums; font-weight: 650; }
+.bar { position: relative; height: 6px; margin: .4rem 0 .5rem; border-radius: 3px;
+  background: var(--border-color-primary); }
+.bar span { position: absolute; top: 0; bottom: 0; border-radius: 3px; }
+.bar::after { content: ""; position: absolute; left: 50%; top: -3px; bottom: -3px; width: 2px;
+  margin-left: -1px; background: var(--muted); }
+.plus { background: var(--DPO); } .minus { background: var(--minus); }
+"""
+
+
+def import_gradio():
+    """The package gradio; InputError if it is not there. It sends nothing to its makers."""
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    os.environ.setdefault("GRADIO_RUN_HISTORY", "False")
+    try:
+        import gradio
+    except ImportError:
+        raise InputError("the demo needs gradio: pip install 'gradio>=6'") from None
+    return gradio
+
+
+def build(gradio, trio: Trio):
+    """The page of a run, as gradio's Blocks."""
+    usual = Sampling(0.7, 0.95, max_new_tokens=64 if trio.run.on_forum else 128, seed=0)
+    most = min(1024, trio.model.config.max_position_embeddings)
+    with gradio.Blocks(title="Base, SFT, DPO", analytics_enabled=False) as blocks:
+        gradio.HTML(head(trio), elem_classes="page")
+        with gradio.Row(equal_height=True):
+            question = gradio.Textbox(
+                label="Question", lines=1, max_lines=6, scale=6, autofocus=True
+            )
+            with gradio.Column(scale=1, min_width=130):
+                button = gradio.Button("Ask", variant="primary")
+                stop = gradio.Button("Stop")
+        questions = example_questions(trio.run)
+        if questions:
+            gradio.Examples(questions, question, label="Questions that no stage has trained on")
+        shown = gradio.HTML(cards(trio, {}), elem_classes="page", elem_id="answers")
+        with gradio.Row():
+            temperature = gradio.Slider(0, 2, usual.temperature, step=0.05, label="Temperature")
+            top_p = gradio.Slider(0.05, 1, usual.top_p, step=0.05, label="Top-p")
+            length = gradio.Slider(1, most, usual.max_new_tokens, step=1, label="Max new tokens")
+            seed = gradio.Number(usual.seed, label="Seed (empty: random)", precision=0, minimum=0)
+        answering = gradio.on(
+            [button.click, question.submit],
+            partial(show_answers, trio),
+            [question, temperature, top_p, length, seed],
+            shown,
+            show_progress="hidden",  # the cards show it themselves
+            concurrency_limit=1,  # the adapters of the one model are switched
+            api_name="ask",
+        )
+        stop.click(None, cancels=[answering])
+    return blocks
+
+
+def launch(gradio, blocks, host: str, port: int):
+    """Serve the page; InputError if the address is not to be had."""
+    sans, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # the reader's own
+    theme = gradio.themes.Default(
+        primary_hue="emerald", neutral_hue="zinc", font=sans, font_mono=mono
+    )
+    try:
+        blocks.launch(
+            server_name=host,
+            server_port=port,
+            theme=theme,
+            css=STYLE,
+            footer_links=["api"],
+            ssr_mode=False,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+        )
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--host {host} --port {port}: {reason}; try another --port") from None
+
+
+def show_answers(trio: Trio, question, temperature, top_p, length, seed):
+    """Yield the cards as the answers grow; a problem is a line in place of the explanation."""
+    sampling = Sampling(temperature, top_p, int(length), seed)
+    yield cards(trio, {name: Answer() for name in trio.variants})
+    try:
+        for answers in ask(trio, question, sampling):
+            yield cards(trio, answers)
+    except InputError as error:
+        yield cards(trio, {}, str(error))
+
+
+# --- HTML -------------------------------------------------------------------------------------
+
+
+def head(trio: Trio) -> str:
+    """The title, and what is behind the answers."""
+    run, config = trio.run, trio.model.config
+    name = "the forum's tiny Llama" if run.on_forum else run.base.resolve().name
+    bits = "in 4 bits (NF4)" if run.quantize else "not quantized"
+    shape = f"{config.num_hidden_layers} layers of width {config.hidden_size}"
+    text = f"{name}, {shape}, {bits}; DPO with beta = {run.beta:g}"
+    title = f"One question, {'three' if run.sft else 'two'} answers"
+    return f'<div class="head"><h1>{title}</h1><p>{escape(text)}</p></div>'
+
+
+def cards(trio: Trio, answers: dict[str, Answer], problem: str = "") -> str:
+    """A card for each answer, and below them what a reward is. Without answers: empty cards."""
+    rewards = [abs(a.reward) for a in answers.values() if a.reward is not None]
+    widest = max([1.0, *rewards])  # the bars of all cards have one scale
+    beta, reference = trio.run.beta, "SFT" if trio.run.sft else "base"
+    all_cards = [card(name, answers.get(name), beta, widest) for name in trio.variants]
+    note = (
+        f"<b>Reward</b>: how much likelier this answer is under DPO than under {reference}, the "
+        f"reference: {beta:g} × (log π − log π<sub>ref</sub>), in nats. Above 0 likelier, "
+        "below 0 less likely. Only rewards of answers to the same question compare."
+    )
+    if trio.run.on_forum:
+        note += " The <b>true score</b> is the forum judge's, from −6 to 4."
+    if problem:
+        note = f'<span class="error" role="alert">{escape(problem)}</span>'
+    return f'<div class="cards">{"".join(all_cards)}</div><p class="note">{note}</p>'
+
+
+def card(name: str, answer: Answer | None, beta: float, widest: float) -> str:
+    """One answer: who gives it, its text, its reward."""
+    top = f"<header><h2>{name}</h2><small>{ROLES[name]}</small></header>"
+    if answer is None:
+        body, bottom = '<div class="text"><i>Ask something.</i></div>', "Reward"
+    elif answer.reward is None:
+        body = f'<div class="text writing">{escape(answer.text)}</div>'
+        bottom = f"Reward at the end; {answer.tokens} tokens so far"
+    else:
+        body = f'<div class="text">{escape(answer.text) or "<i>(nothing)</i>"}</div>'
+        return framed(name, top + body + f"<footer>{reward_lines(answer, beta, widest)}</footer>")
+    line = f'<div class="line"><small>{bottom}</small><b>&nbsp;</b></div>'
+    return framed(name, f'{top}{body}<footer>{line}<div class="bar"></div></footer>')
+
+
+def framed(name: str, inside: str) -> str:
+    """A card's frame in its colour."""
+    return (
+        f'<article class="card" data-name="{name}" style="--tone: var(--{name})">{inside}</article>'
+    )
+
+
+def reward_lines(answer: Answer, beta: float, widest: float) -> str:
+    """The reward as a number, as a bar from the middle, and as the sum that it comes from."""
+    half = 50 * abs(answer.reward) / widest  # percent of the bar
+    side = "plus" if answer.reward >= 0 else "minus"
+    left = 50 if answer.reward >= 0 else 50 - half
+    bar = f'<span class="{side}" style="left: {left:.1f}%; width: {half:.1f}%"></span>'
+    number = signed(answer.reward, 2)
+    logps = f"{signed(answer.log_pi, 2)} − ({signed(answer.log_ref, 2)})"
+    ends = f"{answer.tokens} tokens{', cut off' if answer.cut else ''}"
+    if answer.true_score is not None:
+        ends += f" · true score {signed(answer.true_score, 2)}"
+    return (
+        f'<div class="line"><small>Reward</small><b class="reward">{number}</b></div>'
+        f'<div class="bar">{bar}</div>'
+        f'<div class="line"><small>{beta:g} × ({logps})</small><small>{ends}</small></div>'
+    )
+
+
+def signed(value: float, digits: int) -> str:
+    """A number with its sign, a minus as it is printed; 0 has none."""
+    text = f"{value:+.{digits}f}".replace("-", "−")
+    return text[1:] if float(f"{value:.{digits}f}") == 0 else text
