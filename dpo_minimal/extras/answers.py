@@ -120,7 +120,7 @@ def open_run(run: FinishedRun, device: str, dtype: torch.dtype) -> Trio:
     return Trio(run, model, tokenizer, variants(model), reference)
 
 
-def example_questions(run: FinishedRun, most=8) -> list[str]:
+def example_questions(run: FinishedRun, most=6) -> list[str]:
     """Questions that no stage has trained on: samples.md's, else the forum's; maybe none."""
     samples = run.folder / "samples.md"
     if samples.exists():

@@ -16,17 +16,19 @@ STYLE = """
 .gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
 .page { --base: #71717a; --SFT: #2563eb; --DPO: #059669; --minus: #dc2626; --muted: #5b5b66; }
 .dark .page { --base: #a1a1aa; --SFT: #60a5fa; --DPO: #34d399; --minus: #f87171; --muted: #b4b4bd; }
+.page .html-container { padding: 0; }
 .page, .page * { box-sizing: border-box; }
 .head h1 { font-size: 1.75rem; line-height: 1.2; margin: 1rem 0 .35rem; font-weight: 650; }
 .head p, .note { color: var(--muted); margin: 0; line-height: 1.5; }
-.note { font-size: .9rem; padding: .1rem .1rem 1rem; }
+.note { font-size: .9rem; padding: .9rem .1rem .4rem; }
 .note b { color: var(--body-text-color); }
 .note .error { color: var(--minus); }
 .cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(260px, 1fr)); }
 .card { display: flex; flex-direction: column; min-width: 0; min-height: 17rem; overflow: hidden;
   background: var(--block-background-fill); border: 1px solid var(--border-color-primary);
-  border-top: 4px solid var(--tone); border-radius: 10px; padding: .9rem 1.1rem 1rem; }
-.card header { display: flex; align-items: baseline; gap: .6rem; flex-wrap: wrap; }
+  box-shadow: inset 0 4px 0 var(--tone); border-radius: 10px; padding: 1rem 1.1rem; }
+.card header { display: flex; align-items: baseline; gap: .6rem; }
+.card .count { margin-left: auto; text-align: right; }
 .card h2 { color: var(--tone); font-size: 1.15rem; font-weight: 700; margin: 0; }
 .card small { color: var(--muted); font-size: .82rem; }
 .card .text { flex: 1; margin: .7rem 0 1rem; line-height: 1.55; white-space: pre-wrap;
@@ -37,7 +39,8 @@ STYLE = """
 @media (prefers-reduced-motion: reduce) { .writing::after { animation: none; } }
 .card footer { border-top: 1px solid var(--border-color-primary); padding-top: .7rem; }
 .line { display: flex; justify-content: space-between; align-items: baseline; gap: .5rem; }
-.line b { font-size: 1.35rem; font-variant-numeric: tabular-nums; font-weight: 650; }
+.line { font-variant-numeric: tabular-nums; min-height: 1.3rem; }
+.line b { font-size: 1.45rem; font-weight: 650; color: var(--body-text-color); }
 .bar { position: relative; height: 6px; margin: .4rem 0 .5rem; border-radius: 3px;
   background: var(--border-color-primary); }
 .bar span { position: absolute; top: 0; bottom: 0; border-radius: 3px; }
@@ -45,6 +48,9 @@ STYLE = """
   margin-left: -1px; background: var(--muted); }
 .plus { background: var(--DPO); } .minus { background: var(--minus); }
 """
+NO_CURSOR = """() => {
+  document.querySelectorAll("#answers .writing").forEach(text => text.classList.remove("writing"));
+}"""
 
 
 def import_gradio():
@@ -66,7 +72,7 @@ def build(gradio, trio: Trio):
         gradio.HTML(head(trio), elem_classes="page")
         with gradio.Row(equal_height=True):
             question = gradio.Textbox(
-                label="Question", lines=1, max_lines=6, scale=6, autofocus=True
+                label="Question", lines=1, max_lines=6, scale=6, min_width=300, autofocus=True
             )
             with gradio.Column(scale=1, min_width=130):
                 button = gradio.Button("Ask", variant="primary")
@@ -79,7 +85,9 @@ def build(gradio, trio: Trio):
             temperature = gradio.Slider(0, 2, usual.temperature, step=0.05, label="Temperature")
             top_p = gradio.Slider(0.05, 1, usual.top_p, step=0.05, label="Top-p")
             length = gradio.Slider(1, most, usual.max_new_tokens, step=1, label="Max new tokens")
-            seed = gradio.Number(usual.seed, label="Seed (empty: random)", precision=0, minimum=0)
+            seed = gradio.Number(
+                usual.seed, label="Seed (empty: random)", precision=0, minimum=0, maximum=2**53
+            )
         answering = gradio.on(
             [button.click, question.submit],
             partial(show_answers, trio),
@@ -89,7 +97,7 @@ def build(gradio, trio: Trio):
             concurrency_limit=1,  # the adapters of the one model are switched
             api_name="ask",
         )
-        stop.click(None, cancels=[answering])
+        stop.click(None, cancels=[answering], js=NO_CURSOR)
     return blocks
 
 
@@ -105,7 +113,7 @@ def launch(gradio, blocks, host: str, port: int):
             server_port=port,
             theme=theme,
             css=STYLE,
-            footer_links=["api"],
+            footer_links=[],
             ssr_mode=False,
             share=False,
             quiet=True,
@@ -149,8 +157,8 @@ def cards(trio: Trio, answers: dict[str, Answer], problem: str = "") -> str:
     all_cards = [card(name, answers.get(name), beta, widest) for name in trio.variants]
     note = (
         f"<b>Reward</b>: how much likelier this answer is under DPO than under {reference}, the "
-        f"reference: {beta:g} × (log π − log π<sub>ref</sub>), in nats. Above 0 likelier, "
-        "below 0 less likely. Only rewards of answers to the same question compare."
+        f"reference: {beta:g} × (log π − log π<sub>ref</sub>), in nats. Above 0: likelier "
+        "than before; below 0: less likely. Compare rewards of answers to one question only."
     )
     if trio.run.on_forum:
         note += " The <b>true score</b> is the forum judge's, from −6 to 4."
@@ -161,23 +169,19 @@ def cards(trio: Trio, answers: dict[str, Answer], problem: str = "") -> str:
 
 def card(name: str, answer: Answer | None, beta: float, widest: float) -> str:
     """One answer: who gives it, its text, its reward."""
-    top = f"<header><h2>{name}</h2><small>{ROLES[name]}</small></header>"
-    if answer is None:
-        body, bottom = '<div class="text"><i>Ask something.</i></div>', "Reward"
-    elif answer.reward is None:
-        body = f'<div class="text writing">{escape(answer.text)}</div>'
-        bottom = f"Reward at the end; {answer.tokens} tokens so far"
+    answer, asked = answer or Answer(), answer is not None
+    text, count = escape(answer.text), f"{answer.tokens} tokens" if answer.tokens else ""
+    if answer.reward is not None:
+        count += ", cut off" * answer.cut
+        body = f'<div class="text">{text or "<i>(nothing)</i>"}</div>'
+        bottom = reward_lines(answer, beta, widest)
     else:
-        body = f'<div class="text">{escape(answer.text) or "<i>(nothing)</i>"}</div>'
-        return framed(name, top + body + f"<footer>{reward_lines(answer, beta, widest)}</footer>")
-    line = f'<div class="line"><small>{bottom}</small><b>&nbsp;</b></div>'
-    return framed(name, f'{top}{body}<footer>{line}<div class="bar"></div></footer>')
-
-
-def framed(name: str, inside: str) -> str:
-    """A card's frame in its colour."""
+        body = f'<div class="text writing">{text}</div>' if asked else '<div class="text"></div>'
+        bottom = line("Reward", "") + '<div class="bar"></div>' + line("&nbsp;", "")
+    top = f"<h2>{name}</h2><small>{ROLES[name]}</small>"
     return (
-        f'<article class="card" data-name="{name}" style="--tone: var(--{name})">{inside}</article>'
+        f'<article class="card" data-name="{name}" style="--tone: var(--{name})"><header>{top}'
+        f'<small class="count">{count}</small></header>{body}<footer>{bottom}</footer></article>'
     )
 
 
@@ -187,19 +191,18 @@ def reward_lines(answer: Answer, beta: float, widest: float) -> str:
     side = "plus" if answer.reward >= 0 else "minus"
     left = 50 if answer.reward >= 0 else 50 - half
     bar = f'<span class="{side}" style="left: {left:.1f}%; width: {half:.1f}%"></span>'
-    number = signed(answer.reward, 2)
-    logps = f"{signed(answer.log_pi, 2)} − ({signed(answer.log_ref, 2)})"
-    ends = f"{answer.tokens} tokens{', cut off' if answer.cut else ''}"
-    if answer.true_score is not None:
-        ends += f" · true score {signed(answer.true_score, 2)}"
-    return (
-        f'<div class="line"><small>Reward</small><b class="reward">{number}</b></div>'
-        f'<div class="bar">{bar}</div>'
-        f'<div class="line"><small>{beta:g} × ({logps})</small><small>{ends}</small></div>'
-    )
+    logps = f"{beta:g} × ({signed(answer.log_pi)} − ({signed(answer.log_ref)}))"
+    score = "" if answer.true_score is None else f"true score {signed(answer.true_score)}"
+    number = f'<b class="reward">{signed(answer.reward)}</b>'
+    return line("Reward", number) + f'<div class="bar">{bar}</div>' + line(logps, score)
 
 
-def signed(value: float, digits: int) -> str:
-    """A number with its sign, a minus as it is printed; 0 has none."""
-    text = f"{value:+.{digits}f}".replace("-", "−")
-    return text[1:] if float(f"{value:.{digits}f}") == 0 else text
+def line(left: str, right: str) -> str:
+    """A line with something at both ends."""
+    return f'<div class="line"><small>{left}</small><small>{right}</small></div>'
+
+
+def signed(value: float) -> str:
+    """A number to two digits with its sign, a minus as it is printed; 0 has none."""
+    text = f"{value:+.2f}".replace("-", "−")
+    return text[1:] if float(f"{value:.2f}") == 0 else text
