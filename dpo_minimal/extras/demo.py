@@ -39,8 +39,8 @@ def main():
     serve(args.run, args.model, device=args.device, dtype=args.dtype, **place)
 
 
-def serve(folder, model=None, *, host: str, port: int, device=None, dtype=None, wait=True):
-    """Open a run and show its page. wait: until Ctrl-C; else return the page, to close later.
+def serve(folder, model=None, *, host: str, port: int, device=None, dtype=None):
+    """Open a run and show its page until Ctrl-C.
 
     InputError if gradio is missing or something is wrong with the run.
     """
@@ -53,6 +53,4 @@ def serve(folder, model=None, *, host: str, port: int, device=None, dtype=None, 
     blocks = page.build(gradio, trio)
     page.launch(gradio, blocks, host, port)
     print(f"The page is at {blocks.local_url} (Ctrl-C ends it)", flush=True)
-    if wait:
-        blocks.block_thread()
-    return blocks
+    blocks.block_thread()
