@@ -65,9 +65,13 @@ def runs(tmp_path_factory, model_folder):
     }
 
 
-def opened(runs, name: str) -> answers.Trio:
-    """A run as the demo opens it."""
-    return answers.open_run(answers.find_run(runs[name][0]), "cpu", torch.float32)
+@pytest.fixture(scope="module")
+def trios(runs):
+    """{name: a run as the demo opens it}."""
+    return {
+        name: answers.open_run(answers.find_run(folder), "cpu", torch.float32)
+        for name, (folder, _) in runs.items()
+    }
 
 
 def final(trio, question=QUESTION, sampling=GREEDY) -> dict[str, Answer]:
@@ -89,9 +93,9 @@ def logp_by_hand(model, adapters, prompt, ids) -> float:
     "sampling", [GREEDY, Sampling(temperature=1.3, top_p=0.9, max_new_tokens=7, seed=3)]
 )
 def test_each_answer_is_what_generate_gives_with_that_model_alone(
-    runs, model_folder, tokenizer, sampling
+    runs, trios, model_folder, tokenizer, sampling
 ):
-    shown = final(opened(runs, "usual"), sampling=sampling)
+    shown = final(trios["usual"], sampling=sampling)
     expected = {}
     for name, adapter in {"base": None, "SFT": "sft", "DPO": "dpo"}.items():
         model = load_llama(model_folder, quantize="nf4")
@@ -105,9 +109,9 @@ def test_each_answer_is_what_generate_gives_with_that_model_alone(
 
 @pytest.mark.parametrize(("name", "reference"), [("usual", ["sft"]), ("no-sft", [])])
 def test_the_reward_is_beta_times_log_pi_minus_log_ref_with_the_eos(
-    runs, tokenizer, name, reference
+    runs, trios, tokenizer, name, reference
 ):
-    trio, model = opened(runs, name), runs[name][1]
+    trio, model = trios[name], runs[name][1]
     prompt = tokenizer.encode(format_prompt(QUESTION), bos=True)
     for end in ([], [tokenizer.eos_id]):
         ids = [300, 17, 255, *end]
@@ -122,8 +126,8 @@ def test_the_reward_is_beta_times_log_pi_minus_log_ref_with_the_eos(
     assert list(trio.variants) == (["base", "SFT", "DPO"] if reference else ["base", "DPO"])
 
 
-def test_answers_grow_side_by_side_and_rewards_come_at_the_end(runs):
-    trio = opened(runs, "usual")
+def test_answers_grow_side_by_side_and_rewards_come_at_the_end(trios):
+    trio = trios["usual"]
     seen = list(answers.ask(trio, QUESTION, GREEDY))
     for step, now in enumerate(seen[:-1], start=1):
         assert {answer.tokens for answer in now.values()} == {step}
@@ -131,17 +135,17 @@ def test_answers_grow_side_by_side_and_rewards_come_at_the_end(runs):
     assert len(seen) == 10 and all(answer.reward is not None for answer in seen[-1].values())
 
 
-def test_without_a_seed_each_time_is_another(runs):
-    trio, sampling = opened(runs, "usual"), Sampling(2.0, 1.0, max_new_tokens=9, seed=None)
+def test_without_a_seed_each_time_is_another(trios):
+    trio, sampling = trios["usual"], Sampling(2.0, 1.0, max_new_tokens=9, seed=None)
     assert final(trio, sampling=sampling)["DPO"].text != final(trio, sampling=sampling)["DPO"].text
 
 
-def test_the_judge_scores_questions_of_the_forum_where_the_run_is_the_forums(runs):
-    known = final(opened(runs, "forum"))
+def test_the_judge_scores_questions_of_the_forum_where_the_run_is_the_forums(trios):
+    known = final(trios["forum"])
     for answer in known.values():
         assert answer.true_score == forum.judge(QUESTION, answer.text)
-    assert final(opened(runs, "forum"), "Who are you?")["DPO"].true_score is None
-    assert final(opened(runs, "usual"))["DPO"].true_score is None
+    assert final(trios["forum"], "Who are you?")["DPO"].true_score is None
+    assert final(trios["usual"])["DPO"].true_score is None
 
 
 def test_the_examples_are_the_questions_of_samples_md_else_the_forums_held_out_ones(runs, tmp_path):
@@ -206,8 +210,8 @@ def test_a_folder_that_is_no_finished_run_is_refused_in_one_line(
     assert said in line and str(tmp_path / "run") in line
 
 
-def test_a_question_that_is_none_or_too_long_is_told_on_the_page(runs):
-    trio = opened(runs, "usual")
+def test_a_question_that_is_none_or_too_long_is_told_on_the_page(trios):
+    trio = trios["usual"]
     for question, said in ((" ", "there is no question yet"), ("a b " * 200, "tokens, this model")):
         *_, last = page.show_answers(trio, question, 0.7, 0.95, 8, 0)
         assert said in last and 'role="alert"' in last
@@ -231,8 +235,8 @@ def test_it_listens_on_loopback_unless_told_otherwise(runs, monkeypatch):
         assert asked["last"] == expected
 
 
-def test_a_page_shows_texts_as_they_are_and_the_sum_of_each_reward(runs):
-    trio = opened(runs, "usual")
+def test_a_page_shows_texts_as_they_are_and_the_sum_of_each_reward(trios):
+    trio = trios["usual"]
     done = Answer("<b>1 & 2</b>", 12, cut=True, log_pi=-3.5, log_ref=-1.5, reward=-0.5)
     shown = page.cards(trio, {"base": done, "SFT": Answer("so far", 2), "DPO": Answer()})
     assert "&lt;b&gt;1 &amp; 2&lt;/b&gt;" in shown and "<b>1" not in shown
@@ -375,7 +379,7 @@ def browser():
         found.close()
 
 
-def test_in_a_browser_three_answers_appear_with_their_rewards(runs, browser, address):
+def test_in_a_browser_three_answers_appear_with_their_rewards(trios, browser, address):
     view, requests = browser.new_page(viewport={"width": 1280, "height": 860}), []
     view.on("request", lambda request: requests.append(request.url))
     view.goto(address)
@@ -384,7 +388,7 @@ def test_in_a_browser_three_answers_appear_with_their_rewards(runs, browser, add
     view.get_by_role("spinbutton", name="Max new tokens").fill("9")
     view.get_by_role("button", name="Ask", exact=True).click()
     view.locator(".reward").nth(2).wait_for(timeout=60_000)
-    expected = final(opened(runs, "forum"))
+    expected = final(trios["forum"])
     for name, answer in expected.items():
         card = view.locator(f'.card[data-name="{name}"]')
         assert card.locator(".text").inner_text().split() == answer.text.split()
