@@ -235,6 +235,22 @@ def test_it_listens_on_loopback_unless_told_otherwise(runs, monkeypatch):
         assert asked["last"] == expected
 
 
+def test_a_port_that_is_taken_is_one_line_and_nothing_is_shared(monkeypatch):
+    given = {}
+
+    def launch(**options):
+        given.update(options)
+        raise OSError("Cannot find empty port in range: 81-81. You can specify a different port.")
+
+    gradio = SimpleNamespace(themes=SimpleNamespace(Default=dict))
+    with pytest.raises(InputError) as refusal:
+        page.launch(gradio, SimpleNamespace(launch=launch), "127.0.0.1", 81)
+    assert str(refusal.value) == (
+        "--host 127.0.0.1 --port 81: Cannot find empty port in range: 81-81; try another --port"
+    )
+    assert (given["server_name"], given["server_port"], given["share"]) == ("127.0.0.1", 81, False)
+
+
 def test_a_page_shows_texts_as_they_are_and_the_sum_of_each_reward(trios):
     trio = trios["usual"]
     done = Answer("<b>1 & 2</b>", 12, cut=True, log_pi=-3.5, log_ref=-1.5, reward=-0.5)

@@ -120,7 +120,7 @@ def launch(gradio, blocks, host: str, port: int):
             prevent_thread_lock=True,
         )
     except OSError as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).split(". ")[0]
         raise InputError(f"--host {host} --port {port}: {reason}; try another --port") from None
 
 
