@@ -305,6 +305,9 @@ def test_a_space_has_all_that_it_needs_and_nothing_of_this_machine(
     front = (folder / "README.md").read_text("utf-8").split("---\n")[1]
     settings = dict(line.split(": ", 1) for line in front.splitlines())
     assert (settings["sdk"], settings["app_file"]) == ("gradio", "app.py")
+    assert json.loads(settings["title"]) == "DPO on " + (
+        "a small forum" if name == "forum" else "tiny"
+    )
     assert settings["sdk_version"].split(".")[0] == "6"
     wanted = (folder / "requirements.txt").read_text().split()
     assert {"torch>=2.6", "sentencepiece>=0.2", "gradio>=6"} <= set(wanted)

@@ -97,7 +97,7 @@ def build(gradio, trio: Trio):
             concurrency_limit=1,  # the adapters of the one model are switched
             api_name="ask",
         )
-        stop.click(None, cancels=[answering], js=NO_CURSOR)
+        stop.click(None, cancels=[answering]).then(None, js=NO_CURSOR)
     return blocks
 
 
@@ -156,9 +156,9 @@ def cards(trio: Trio, answers: dict[str, Answer], problem: str = "") -> str:
     beta, reference = trio.run.beta, "SFT" if trio.run.sft else "base"
     all_cards = [card(name, answers.get(name), beta, widest) for name in trio.variants]
     note = (
-        f"<b>Reward</b>: how much likelier this answer is under DPO than under {reference}, the "
-        f"reference: {beta:g} × (log π − log π<sub>ref</sub>), in nats. Above 0: likelier "
-        "than before; below 0: less likely. Compare rewards of answers to one question only."
+        f"<b>Reward</b>: how much likelier DPO makes this answer than its reference, {reference}, "
+        f"does: beta × (log π − log π<sub>ref</sub>), with beta = {beta:g}. Above 0: likelier than "
+        "before; below 0: less likely. Compare rewards of answers to one question only."
     )
     if trio.run.on_forum:
         note += " The <b>true score</b> is the forum judge's, from −6 to 4."

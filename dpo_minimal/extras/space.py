@@ -1,5 +1,6 @@
 """A folder that is a Hugging Face Space: the demo's page, this package's source, a run."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from dpo_minimal.files import read_json, whole_folder, write_json
 GRADIO = "6.31.0"  # the release that the page was tested with
 PACKAGE = Path(__file__).parents[1]
 NEEDED = ("beta", "no_sft", "no_quantize")  # of a run's flags, in a Space
-APP = '''"""Base, SFT and DPO answer a question side by side: {title}."""
+APP = '''"""Base, SFT and DPO answer a question side by side: run this file."""
 
 import os
 from pathlib import Path
@@ -71,8 +72,8 @@ def write_space(run: FinishedRun, folder) -> str:
         model = HUB.format(name=name)
         notes = f"- First fill in `MODEL` in app.py: the Hub's name of the base model ({name}).\n"
     with whole_folder(folder) as partial:
-        (partial / "app.py").write_text(APP.format(title=title, model=model), "utf-8")
-        readme = README.format(title=title, gradio=GRADIO, notes=notes)
+        (partial / "app.py").write_text(APP.format(model=model), "utf-8")
+        readme = README.format(title=json.dumps(title), gradio=GRADIO, notes=notes)
         (partial / "README.md").write_text(readme, "utf-8")
         (partial / "requirements.txt").write_text("\n".join(requirements(run)) + "\n", "utf-8")
         left_out = shutil.ignore_patterns("__pycache__", "main")
