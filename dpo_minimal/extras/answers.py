@@ -19,6 +19,7 @@ from dpo_minimal.llama import Llama
 from dpo_minimal.lora import active_adapters
 from dpo_minimal.loss import sequence_logps
 from dpo_minimal.run import saved_flags
+from dpo_minimal.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,6 @@ def find_run(folder, model=None) -> FinishedRun:
 
 def run_tokenizer(run: FinishedRun):
     """The tokenizer that the run was trained with."""
-    from dpo_minimal.tokenizer import load_tokenizer
-
     return load_tokenizer(run.base)
 
 

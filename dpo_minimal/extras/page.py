@@ -66,8 +66,6 @@ def import_gradio():
 
 def build(gradio, trio: Trio):
     """The page of a run, as gradio's Blocks."""
-    usual = Sampling(0.7, 0.95, max_new_tokens=64 if trio.run.on_forum else 128, seed=0)
-    most = min(1024, trio.model.config.max_position_embeddings)
     with gradio.Blocks(title="Base, SFT, DPO", analytics_enabled=False) as blocks:
         gradio.HTML(head(trio), elem_classes="page")
         with gradio.Row(equal_height=True):
@@ -81,17 +79,11 @@ def build(gradio, trio: Trio):
         if questions:
             gradio.Examples(questions, question, label="Questions that no stage has trained on")
         shown = gradio.HTML(cards(trio, {}), elem_classes="page", elem_id="answers")
-        with gradio.Row():
-            temperature = gradio.Slider(0, 2, usual.temperature, step=0.05, label="Temperature")
-            top_p = gradio.Slider(0.05, 1, usual.top_p, step=0.05, label="Top-p")
-            length = gradio.Slider(1, most, usual.max_new_tokens, step=1, label="Max new tokens")
-            seed = gradio.Number(
-                usual.seed, label="Seed (empty: random)", precision=0, minimum=0, maximum=2**53
-            )
+        settings = sampling_row(gradio, trio)
         answering = gradio.on(
             [button.click, question.submit],
             partial(show_answers, trio),
-            [question, temperature, top_p, length, seed],
+            [question, *settings],
             shown,
             show_progress="hidden",  # the cards show it themselves
             concurrency_limit=1,  # the adapters of the one model are switched
@@ -99,6 +91,19 @@ def build(gradio, trio: Trio):
         )
         stop.click(None, cancels=[answering]).then(None, js=NO_CURSOR)
     return blocks
+
+
+def sampling_row(gradio, trio: Trio) -> list:
+    """The sliders of `Sampling`, in its order."""
+    usual = 64 if trio.run.on_forum else 128
+    most = min(1024, trio.model.config.max_position_embeddings)
+    with gradio.Row():
+        return [
+            gradio.Slider(0, 2, 0.7, step=0.05, label="Temperature"),
+            gradio.Slider(0.05, 1, 0.95, step=0.05, label="Top-p"),
+            gradio.Slider(1, most, min(usual, most), step=1, label="Max new tokens"),
+            gradio.Number(0, label="Seed (empty: random)", precision=0, minimum=0, maximum=2**53),
+        ]
 
 
 def launch(gradio, blocks, host: str, port: int):
