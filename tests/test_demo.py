@@ -254,9 +254,10 @@ def test_a_port_that_is_taken_is_one_line_and_nothing_is_shared(monkeypatch):
 def test_a_page_shows_texts_as_they_are_and_the_sum_of_each_reward(trios):
     trio = trios["usual"]
     done = Answer("<b>1 & 2</b>", 12, cut=True, log_pi=-3.5, log_ref=-1.5, reward=-0.5)
-    shown = page.cards(trio, {"base": done, "SFT": Answer("so far", 2), "DPO": Answer()})
+    shown = page.cards(trio, {"base": done, "SFT": Answer("so", 1), "DPO": Answer()})
     assert "&lt;b&gt;1 &amp; 2&lt;/b&gt;" in shown and "<b>1" not in shown
     assert "−0.50" in shown and "0.25 × (−3.50 − (−1.50))" in shown and "12 tokens, cut" in shown
+    assert ">1 token<" in shown
     assert "left: 25.0%; width: 25.0%" in shown  # half of the way to -1, where the bar ends
     assert shown.count('class="card"') == 3 and shown.count('class="text writing"') == 2
     assert shown.count('class="reward"') == 1

@@ -175,7 +175,8 @@ def cards(trio: Trio, answers: dict[str, Answer], problem: str = "") -> str:
 def card(name: str, answer: Answer | None, beta: float, widest: float) -> str:
     """One answer: who gives it, its text, its reward."""
     answer, asked = answer or Answer(), answer is not None
-    text, count = escape(answer.text), f"{answer.tokens} tokens" if answer.tokens else ""
+    text = escape(answer.text)
+    count = f"{answer.tokens} token{'s' * (answer.tokens > 1)}" if answer.tokens else ""
     if answer.reward is not None:
         count += ", cut off" * answer.cut
         body = f'<div class="text">{text or "<i>(nothing)</i>"}</div>'
