@@ -27,11 +27,20 @@ def choose(logits, temperature: float, top_p: float, generator):
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
-@torch.no_grad()
 def sample(
     model, rows: list[list[int]], max_new_tokens: int, eos_id: int, temperature, top_p, generator
 ) -> list[list[int]]:
-    """Continue token rows; each continuation ends in its EOS or after max_new_tokens.
+    """Continue token rows; each continuation ends in its EOS or after max_new_tokens."""
+    answers = [[] for _ in rows]
+    steps = sample_steps(model, rows, max_new_tokens, eos_id, temperature, top_p, generator)
+    for grown in steps:
+        answers = grown
+    return answers
+
+
+@torch.no_grad()
+def sample_steps(model, rows, max_new_tokens: int, eos_id: int, temperature, top_p, generator):
+    """`sample` token by token: yields the answers so far, lists that grow, after each one.
 
     The rows are padded on the right and read once. Then each call computes one token per row from
     the cached keys and values, at the row's own position, with the pads masked out.
@@ -53,13 +62,13 @@ def sample(
         for i in unfinished:
             answers[i].append(int(chosen[i]))
         unfinished = {i for i in unfinished if answers[i][-1] != eos_id}
+        yield answers
         if not unfinished:
             break
         seen = torch.cat((seen, seen.new_ones(len(rows), 1)), dim=1)  # [B, T + step + 1]
         positions = (lengths + step)[:, None]  # [B, 1]
         tokens = chosen[:, None].to(device)  # [B, 1]
         hidden = model.hidden(tokens, positions, seen[:, None, None, :], cache)[:, -1]  # [B, D]
-    return answers
 
 
 def sample_answers(
