@@ -38,6 +38,17 @@ def real(above: float = -math.inf, low: float = -math.inf, below: float = math.i
     return parse
 
 
+def words(text: str) -> str:
+    """An argparse type: a text that is not empty, as $VARIABLE is if it was never set."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not text in UTF-8") from None
+    if not text.strip():
+        raise argparse.ArgumentTypeError("its text is empty")
+    return text
+
+
 def refuse(message: str):
     """For a parser's `error`: raise an InputError instead of printing the usage."""
     raise InputError(" ".join(message.split()))

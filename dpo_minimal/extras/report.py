@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from statistics import mean
 
-from dpo_minimal import forum
+from dpo_minimal import InputError, forum
 from dpo_minimal.data import format_prompt
 from dpo_minimal.evaluate import kl_estimate
 from dpo_minimal.generate import sample_answers
@@ -107,8 +107,11 @@ def format_samples(questions, greedy: dict) -> str:
 
 def last_evaluation(path) -> dict[str, float]:
     """The metrics of the last evaluation on held-out pairs in a metrics.jsonl."""
-    lines = Path(path).read_text("utf-8").splitlines()
-    last = json.loads([line for line in lines if '"eval_loss"' in line][-1])
+    lines = Path(path).read_text("utf-8", "replace").splitlines() if Path(path).exists() else []
+    found = [line for line in lines if '"eval_loss"' in line]
+    if not found:
+        raise InputError(f"{path}: has no evaluation of DPO any more: run that stage again")
+    last = json.loads(found[-1])
     return {name: value for name, value in last.items() if name.startswith("eval_")}
 
 

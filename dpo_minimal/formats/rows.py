@@ -3,10 +3,10 @@
 import gzip
 import json
 import os
-import zlib
 from pathlib import Path
 
 from dpo_minimal import InputError
+from dpo_minimal.files import reading
 from dpo_minimal.formats.parquet import read_parquet
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
@@ -38,15 +38,11 @@ def read_rows(path: Path):
     if path.name.endswith(".parquet"):
         yield from read_parquet(path)
         return
-    try:
+    with reading(path, "a whole UTF-8 text file"):
         with open(path, "rb") as file:
             zipped = file.read(2) == b"\x1f\x8b"
         with (gzip.open if zipped else open)(path, "rt", encoding="utf-8") as file:
             yield from read_json_rows(path, file)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise InputError(f"{path}: not a whole UTF-8 text file ({error})") from None
 
 
 def read_json_rows(path, file):
@@ -89,7 +85,7 @@ def pair_of(place: str, row: dict) -> tuple[str, str, str]:
     is_dialogue = names[0] not in row and "chosen" in row and "rejected" in row  # HH-RLHF
     if is_dialogue:
         names = ("chosen", "rejected")
-    for name in (*names, "input") if row.get("input") else names:
+    for name in (*names, "input") if row.get("input") is not None else names:
         if not isinstance(row.get(name), str):
             found = f"is {type(row[name]).__name__}, not text" if name in row else "is missing"
             raise InputError(f"{place}: the field {name!r} {found}; fields are {', '.join(row)}")
