@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 from dpo_minimal import InputError
 from dpo_minimal.formats.layout import data_parts
-from dpo_minimal.formats.rows import data_files, pair_of, read_rows
+from dpo_minimal.formats.rows import check_text, data_files, pair_of, read_rows
 
+MAX_CHARACTERS = 2**20
 MAX_HELD_OUT = 1000  # pairs: an accuracy then has a standard error of at most 1.6 points
 
 
@@ -40,6 +41,8 @@ def why_useless(pair: PreferencePair) -> str | None:
     """The reason if nothing can be learned from a pair, else None."""
     if not pair.chosen.strip() or not pair.rejected.strip():
         return "with an empty answer"
+    if max(map(len, pair)) > MAX_CHARACTERS:  # tokenizing it would take seconds and gigabytes
+        return f"with a text of more than {MAX_CHARACTERS:,} characters"
     return "with chosen = rejected" if pair.chosen == pair.rejected else None
 
 
@@ -54,10 +57,7 @@ def read_pairs(path, log=print):
     for file in data_files(path):
         for place, row in read_rows(file):
             pair = PreferencePair(*pair_of(place, row))
-            try:
-                "".join(pair).encode()  # JSON may hold half a surrogate pair, which is no text
-            except UnicodeEncodeError as error:
-                raise InputError(f"{place}: not valid Unicode ({error.reason})") from None
+            check_text(place, pair)
             reason = why_useless(pair)
             if reason is None:
                 usable += 1

@@ -24,19 +24,9 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     files("--out", type=words, help="run folder (runs/forum, or runs/ and the model's name)")
     files("--stage", choices=STAGES, help="run only this stage")
     files("--resume", action="store_true", help="go on with an interrupted run")
-    files(
-        "--reuse",
-        type=words,
-        metavar="RUN",
-        help="begin with that run's base, SFT and reference values",
-    )
+    files("--reuse", type=words, metavar="RUN", help="begin with that run's base, SFT, reference")
     files("--no-sft", action="store_true", help="DPO on the model as it is, its own reference")
-    files(
-        "--sft-adapter",
-        type=words,
-        metavar="DIR",
-        help="an SFT adapter in PEFT's layout, instead of SFT",
-    )
+    files("--sft-adapter", type=words, metavar="DIR", help="a PEFT adapter, instead of SFT")
     files("--preset", choices=PRESETS, help="settings by name; stack-llama-2: the blog's own")
     kinds = [f"{kind}: {(loss.__doc__ or '?').splitlines()[0]}" for kind, loss in LOSSES.items()]
     losses = "\n".join(kinds).replace("%", "%%")  # argparse would fill in something after a %

@@ -97,6 +97,14 @@ def pair_of(place: str, row: dict) -> tuple[str, str, str]:
     return question_of(prompt), chosen, rejected
 
 
+def check_text(place: str, texts):
+    """InputError for a text that has no UTF-8: JSON may hold half a surrogate pair."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{place}: not valid Unicode ({error.reason})") from None
+
+
 def split_dialogue(place: str, chosen: str, rejected: str) -> tuple[str, str, str]:
     """Two dialogues, split after the last "Assistant:" of the beginning that they share."""
     shared = os.path.commonprefix([chosen, rejected])
