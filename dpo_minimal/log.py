@@ -64,7 +64,7 @@ def rewind(path: Path, stage: str, step: int):
         try:
             row = json.loads(line)
             keep = row["stage"] != stage or row["step"] < step
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
         if keep:
             kept += f"{line}\n"

@@ -10,6 +10,8 @@ from dpo_minimal.files import reading
 from dpo_minimal.formats.parquet import read_parquet
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
+MAX_LINE = 2**24  # characters: a file of something else may have no end of line
+MAX_RATIO = 50  # of a gzipped array, whose unpacked text must fit into memory
 
 
 # --- files to rows ----------------------------------------------------------------------------
@@ -47,15 +49,23 @@ def read_rows(path: Path):
 
 def read_json_rows(path, file):
     """Yield (place, row) from an open text file. A JSON array is read into memory whole."""
-    first = next((line for line in file if line.strip()), None)
-    if first is None:
+    piece = file.read(2**16)
+    while piece and not piece.strip():
+        piece = file.read(2**16)
+    if not piece:
         raise InputError(f"{path} is empty: it should hold preference pairs as JSON")
     file.seek(0)
-    if first.lstrip().startswith("["):
-        for number, row in enumerate(parse_json(path, file.read(), 1), start=1):
+    if piece.lstrip().startswith("["):
+        most = MAX_RATIO * path.stat().st_size
+        text = file.read(most + 1)
+        if len(text) > most:
+            raise InputError(f"{path}: unpacks to more than {MAX_RATIO} times its size")
+        for number, row in enumerate(parse_json(path, text, 1), start=1):
             yield f"{path}, entry {number}", row
         return
-    for number, line in enumerate(file, start=1):
+    for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), ""), start=1):
+        if len(line) == MAX_LINE:
+            raise InputError(f"{path}, line {number}: longer than {MAX_LINE:,} characters")
         if line.strip():
             yield f"{path}, line {number}", parse_json(path, line, number)
 

@@ -88,7 +88,7 @@ GENERATE = {
     "top-p": number(lambda x: 0 < x <= 1),
     "seed": whole(0, 2**63 - 1),
 }
-GOOD = {"device": "cpu", "stage": "dpo", "preset": "usual", "loss": "ipo", "target-modules": "all"}
+GOOD = {"device": "cpu", "stage": "sft", "preset": "usual", "loss": "ipo", "target-modules": "all"}
 GOOD |= {"dtype": "float32", "label-smoothing": "0.1"}
 
 

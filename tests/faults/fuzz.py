@@ -4,16 +4,18 @@ Each input is a good one with one to three things wrong, written to an empty fol
 a public entry, under the same handler of errors that the command lines have. What may happen:
 
 - It is refused: exit status 2 and exactly one line on stderr.
-- It is accepted. Then what was loaded must be equal to what an independent reading of the same bytes
-  gives (spec.py, by the format's definition, in plain Python and NumPy), and that reading must not
-  refuse it. Anything else is a SILENT ACCEPTANCE. So whatever was changed either shows in the loaded
-  value, or is documented as ignored: NO_EFFECT and keys with a "_" in front (config.json), settings
-  that are switched off (None, False, 0, empty), settings of a finished adapter that change no number,
-  fields of a data row that are not part of its form, lines of metrics.jsonl that are cut off.
-  Where the definition is another package's own (tokenizer.json, conversations), only the rest is
-  asked. An even change of a weight's bytes is another weight: the format has no check sum.
+- It is accepted. Then what was loaded must be equal to what an independent reading of the same
+  bytes gives (spec.py, by the format's definition, in plain Python and NumPy), and that reading
+  must not refuse it. Anything else is a SILENT ACCEPTANCE. So whatever was changed either shows in
+  the loaded value, or is documented as ignored: NO_EFFECT and keys with a "_" in front
+  (config.json), settings that are switched off (None, False, 0, empty), settings of a finished
+  adapter that change no number, fields of a data row that are not part of its form, lines of
+  metrics.jsonl that are cut off. Where the definition is another package's own (tokenizer.json,
+  conversations), only the rest is asked. A changed byte of a weight is another weight: the formats
+  have no check sums.
 - A TRACEBACK: any other exception, and the end of the process (a panic, an abort, a segfault).
-- A HANG: over 10 seconds. MEMORY: beyond twice the file's size and 64 MB more.
+- A HANG: over 10 seconds. MEMORY: beyond twice the file's size and 64 MB more; a gzipped file
+  counts as what it may unpack to.
 
 Inputs run in a worker process, so that what kills it is seen and counted. Input 0 of each reader is
 the good one, which must be accepted. Exit status 1 if anything is not as it should be.
@@ -46,6 +48,7 @@ import spec  # noqa: E402
 import torch  # noqa: E402
 
 from dpo_minimal.extras.command_line import run_command  # noqa: E402
+from dpo_minimal.formats.rows import MAX_RATIO  # noqa: E402
 
 READERS = {
     "safetensors": readers.safetensors,
@@ -80,7 +83,7 @@ def available(names):
 
 @contextlib.contextmanager
 def captured():
-    """Within the context stderr, Python's and that of the process, goes into a file that it gives."""
+    """Within the context stderr, Python's and the process's, goes into a file that it gives."""
     with tempfile.TemporaryFile("w+", errors="backslashreplace") as file:
         kept = os.dup(2)
         os.dup2(file.fileno(), 2)
@@ -144,9 +147,10 @@ def judge(read, expect) -> tuple[str, str]:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of the regular files of a folder."""
+    """Bytes of the regular files of a folder; of a gzipped one, what it may unpack to."""
     files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
-    return sum(path.stat().st_size for path in files)
+    zipped = {path: path.read_bytes()[:2] == b"\x1f\x8b" for path in files}
+    return sum(path.stat().st_size * (MAX_RATIO if zipped[path] else 1) for path in files)
 
 
 def try_input(name: str, number: int, seed: int, good: Path) -> tuple[str, str]:
@@ -154,13 +158,13 @@ def try_input(name: str, number: int, seed: int, good: Path) -> tuple[str, str]:
     rng = random.Random(f"{seed} {name} {number}")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         read, expect = (READERS | FLAGS)[name](rng, Path(folder), good, number > 0)
-        size, before, started = size_of(Path(folder)), resident("VmRSS"), time.perf_counter()
+        size, before, started = size_of(Path(folder)), resident("VmRSS"), time.process_time()
         forget()
         outcome, told = judge(read, expect)
         grown = resident("VmHWM") - before
         if number == 0 and outcome != "accepted":
             return "silent", f"the good input: {outcome}, {told}"
-        if time.perf_counter() - started > SECONDS and time.process_time() > SECONDS:
+        if time.process_time() - started > SECONDS:
             outcome = "hang"
         if grown > 2 * size + SLACK and number > 0 and outcome in ("accepted", "refused"):
             outcome, told = "memory", f"{grown / 1e6:.0f} MB for {size} bytes"
@@ -182,9 +186,9 @@ def work(pipe, good: str, seed: int):
     faulthandler.enable()
     torch.set_num_threads(1)
     os.chdir(good)  # nothing is written where the command was started
-    while True:
-        name, number = pipe.recv()
-        pipe.send(try_input(name, number, seed, Path(good)))
+    with contextlib.suppress(EOFError):  # the end
+        while True:
+            pipe.send(try_input(*pipe.recv(), seed, Path(good)))
 
 
 class Worker:
@@ -219,7 +223,7 @@ class Worker:
 
 
 def real_commands(good: Path, count: int, seed: int):
-    """Yield (outcome, told) of real processes: train.py and generate, each with flags from the fuzz."""
+    """Yield (outcome, told) of real processes: train.py and generate with flags from the fuzz."""
     for number in range(1, count + 1):
         rng, is_train = random.Random(f"{seed} real {number}"), number % 2
         table = command_lines.TRAIN if is_train else command_lines.GENERATE

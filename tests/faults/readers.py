@@ -1,9 +1,9 @@
 """The readers under fuzz: for each, how a hostile input is made, read, and read independently.
 
-A reader is a function of (seeded random numbers, an empty folder, the folder of good things, whether
-the input shall be hostile). It writes an input into the empty folder, and gives back two functions:
-`read()`, which goes through a public entry and returns a plain value, and `expect()`, which returns
-the value that an independent reading gives, raises Refuse, or returns EITHER.
+A reader is a function of (seeded random numbers, an empty folder, the folder of good things,
+whether the input shall be hostile). It writes an input into the empty folder, and gives back two
+functions: `read()`, which goes through a public entry and returns a plain value, and `expect()`,
+which returns the value that an independent reading gives, raises Refuse, or returns EITHER.
 """
 
 import json
@@ -46,7 +46,7 @@ def make_good(folder: Path):
     save_adapter(model, ["sft"], folder / "adapter")
     (folder / "tokenizer").mkdir()
     texts = [row["text"] for row in forum.make_forum(0)["pretrain"][:100]]
-    train_tokenizer(texts, 300, folder / "tokenizer" / "tokenizer.model")
+    train_tokenizer(texts, 420, folder / "tokenizer" / "tokenizer.model")
 
 
 def weights_of(model) -> dict:
@@ -175,11 +175,11 @@ def shards(rng, folder, good, bad):
 
 
 def hostile_tensors(rng, tensors: dict):
-    """(an object to torch.save in place of tensors by name, what it means or None)."""
+    """An object to torch.save in place of tensors by name."""
     name, how = rng.choice(list(tensors)), rng.randrange(14)
     changed = [None, 3, "x", [tensors[name]], {"a": tensors[name]}, tensors[name].int()]
     changed += [tensors[name] > 0, tensors[name].to(torch.complex64), tensors[name].to_sparse()]
-    changed += [tensors[name][:1].expand(tensors[name].shape), tensors[name] * torch.nan]
+    changed += [tensors[name].flatten()[:1].clone().expand(10**6, 10**6), tensors[name] * torch.nan]
     if how < len(changed):
         return tensors | {name: changed[how]}
     if how == 11:

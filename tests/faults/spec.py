@@ -164,9 +164,9 @@ def pairs(rows) -> list:
             texts[0] += "\n" + row["input"]
         need(all(isinstance(text, str) for text in texts), "not text")
         need(not any("\ud800" <= letter <= "\udfff" for text in texts for letter in text))
-        if texts[1].strip() and texts[2].strip() and texts[1] != texts[2]:
-            if max(map(len, texts)) <= 2**20:
-                found.append(tuple(texts))
+        useful = texts[1].strip() and texts[2].strip() and texts[1] != texts[2]
+        if useful and max(map(len, texts)) <= 2**20:
+            found.append(tuple(texts))
     need(found, "no pair")
     return found
 
