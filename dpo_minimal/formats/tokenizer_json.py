@@ -31,7 +31,8 @@ class JsonTokenizer:
         if path.exists():
             token = read_json(path).get(name)
             text = token.get("content") if isinstance(token, dict) else token
-            number = self.model.token_to_id(text) if isinstance(text, str) else None
+            with reading(path, "settings"):  # half a surrogate pair is no text to look up
+                number = self.model.token_to_id(text) if isinstance(text, str) else None
         if number is None:
             raise InputError(f"{path}: no {name} that the tokenizer.json knows")
         return number

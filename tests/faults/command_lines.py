@@ -118,6 +118,14 @@ def said(main, words):
         sys.argv = before
 
 
+def checked_run():
+    """What train.py's main does before it reads weights and data."""
+    run = read_run("")
+    config = read_config(run.args.model) if run.args.model else train.TINY_LLAMA
+    preflight.check_targets(config, run.args)
+    return run
+
+
 def train_flags(rng, folder, good, bad):
     """train.py's flags and their checks, up to the reading of data and weights."""
     usual = {"model": str(good / "model"), "data": str(good / "rows.jsonl")}
@@ -132,9 +140,7 @@ def train_flags(rng, folder, good, bad):
 
     def read():
         def main():
-            run = read_run("")
-            config = read_config(run.args.model) if run.args.model else train.TINY_LLAMA
-            preflight.check_targets(config, run.args)
+            run = checked_run()
             return {name: getattr(run.args, name.replace("-", "_")) for name in given}
 
         return said(main, words)
@@ -191,13 +197,14 @@ def saved_run(rng, folder, good, bad):
     path.write_bytes(hostile.json_bytes(rng, changed) if bad else json.dumps(whole).encode())
 
     def read():
-        run = said(lambda: read_run(""), ["--resume", "--out", str(out)])
+        run = said(checked_run, ["--resume", "--out", str(out)])
         return {k: v for k, v in vars(run.args).items() if k not in ("out", "resume", "stage")}
 
     def expect():
         saved = spec.strict_json(path.read_bytes()).get("arguments")
         spec.need(isinstance(saved, dict) and "stage" in saved)
         for name, value in saved.items():
+            spec.need(name != "model" or value in (None, whole["arguments"]["model"]))
             check_saved(name.replace("_", "-"), value, whole["arguments"].get(name))
         spec.need(saved.get("data") is None or saved.get("model") is not None)
         gone = dict.fromkeys(("out", "resume", "stage"))
