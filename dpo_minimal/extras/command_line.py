@@ -61,13 +61,10 @@ def run_command(main):
     except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to flush
         raise SystemExit(0) from None
-    except InputError as error:
+    except (InputError, OSError) as error:
+        if isinstance(error, OSError):
+            error = InputError(f"{error.filename or 'the system'}: {error.strerror or error}")
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except OSError as error:
-        print(
-            f"error: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr
-        )
         raise SystemExit(2) from None
     except KeyboardInterrupt as stop:
         print(str(stop) or "stopped", file=sys.stderr)

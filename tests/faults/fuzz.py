@@ -14,7 +14,7 @@ a public entry, under the same handler of errors that the command lines have. Wh
   conversations), only the rest is asked. A changed byte of a weight is another weight: the formats
   have no check sums.
 - A TRACEBACK: any other exception, and the end of the process (a panic, an abort, a segfault).
-- A HANG: over 10 seconds. MEMORY: beyond twice the file's size and 64 MB more; a gzipped file
+- A HANG: over 10 seconds of work, or no answer in 90. MEMORY: beyond twice the file's size and 64 MB more; a gzipped file
   counts as what it may unpack to.
 
 Inputs run in a worker process, so that what kills it is seen and counted. Input 0 of each reader is
@@ -70,7 +70,7 @@ READERS = {
 FLAGS = {"train flags": command_lines.train_flags, "generate flags": command_lines.generate_flags}
 NEEDS = {"tokenizer.json": "tokenizers", "parquet": "pyarrow"}
 COLUMNS = ("tried", "refused", "accepted", "traceback", "hang", "memory", "lines", "silent")
-SECONDS, SLACK = 10, 64e6
+SECONDS, WAIT, SLACK = 10, 90, 64e6
 
 
 def available(names):
@@ -191,6 +191,15 @@ def work(pipe, good: str, seed: int):
             pipe.send(try_input(*pipe.recv(), seed, Path(good)))
 
 
+def cpu_seconds(process: int) -> float:
+    """Processor time that a process has had so far; 0 where the system does not tell."""
+    path = Path(f"/proc/{process}/stat")
+    if not path.exists():
+        return 0.0
+    after_name = path.read_text().rpartition(")")[2].split()
+    return sum(map(int, after_name[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
 class Worker:
     """A worker process that is started anew when it hangs or dies."""
 
@@ -206,13 +215,18 @@ class Worker:
             self.process = context.Process(target=work, args=arguments, daemon=True)
             self.process.start()
             other.close()
-            self.pipe.send(("config", 0))  # answered once everything is imported
+            self.pipe.send(("adapter", 0))  # answered once everything is imported
             self.pipe.recv()
         self.pipe.send((name, number))
+        started, used = time.perf_counter(), cpu_seconds(self.process.pid)
         try:
-            if self.pipe.poll(2 * SECONDS):
-                return self.pipe.recv()
-            outcome = ("hang", f"no answer in {2 * SECONDS} seconds")
+            # On a busy machine 10 seconds of a process's own time may be minutes.
+            while time.perf_counter() - started < WAIT:
+                if self.pipe.poll(1):
+                    return self.pipe.recv()
+                if cpu_seconds(self.process.pid) - used > SECONDS:
+                    break
+            outcome = ("hang", f"no answer in {time.perf_counter() - started:.0f} seconds")
         except (EOFError, ConnectionError):
             self.process.join()
             outcome = ("traceback", f"the process ended with status {self.process.exitcode}")

@@ -19,7 +19,6 @@ import spec
 import torch
 from helpers import tiny_llama
 
-from dpo_minimal import forum
 from dpo_minimal.formats.huggingface import load_llama, save_llama
 from dpo_minimal.formats.peft import save_adapter
 from dpo_minimal.formats.safetensors import open_safetensors
@@ -45,8 +44,8 @@ def make_good(folder: Path):
         torch.nn.init.normal_(layer.adapters["sft"].lora_B)
     save_adapter(model, ["sft"], folder / "adapter")
     (folder / "tokenizer").mkdir()
-    texts = [row["text"] for row in forum.make_forum(0)["pretrain"][:100]]
-    train_tokenizer(texts, 420, folder / "tokenizer" / "tokenizer.model")
+    texts = [f"Is it {i}? Yes, it is {i * i}, and not {i + 1}." for i in range(99)]
+    train_tokenizer(texts, 300, folder / "tokenizer" / "tokenizer.model")
 
 
 def weights_of(model) -> dict:
