@@ -19,6 +19,14 @@ from dpo_minimal.generate import generate
 from dpo_minimal.tokenizer import load_tokenizer
 
 
+def temperature(text: str) -> float:
+    """An argparse type: 0, or so large that a logit divided by it is finite."""
+    value = real(low=0, high=1e3)(text)
+    if 0 < value < 1e-3:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is above 0 and below 0.001")
+    return value
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(description="Ask a model.")
@@ -31,7 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--prompt", type=words, help="the question; without it, read questions line by line"
     )
     parser.add_argument("--max-new-tokens", type=whole(1), default=128)
-    parser.add_argument("--temperature", type=real(low=0, high=1e3), default=0.0, help="0: greedy")
+    parser.add_argument("--temperature", type=temperature, default=0.0, help="0: greedy")
     parser.add_argument("--top-p", type=real(above=0, high=1), default=1.0)
     parser.add_argument("--seed", type=whole(0, 2**63 - 1), default=0)
     parser.add_argument("--no-quantize", action="store_true", help="even under an adapter")

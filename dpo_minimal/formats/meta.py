@@ -88,27 +88,29 @@ def open_meta_folder(folder) -> tuple[LlamaConfig, dict]:
     params = read_json(folder / "params.json")
     shards = [load_tensors(file) for file in files]
     try:
-        return translate(folder, params, shards)
+        return translate(params, shards)
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from None
     except KeyError as error:
         raise InputError(f"{folder}: params.json or the weights lack {error}") from None
     except IndexError:  # a name without its layer, a tensor with too few axes
         raise InputError(f"{folder}: not a Meta checkpoint (names or shapes are others)") from None
 
 
-def translate(folder, params: dict, shards: list[dict]) -> tuple[LlamaConfig, dict]:
+def translate(params: dict, shards: list[dict]) -> tuple[LlamaConfig, dict]:
     """Meta's parameters, names and slices as ours; KeyError for what is missing."""
     heads = params["n_heads"]
     groups = params.get("n_kv_heads") or heads
     tensors = {}
     if any(shard.keys() != shards[0].keys() for shard in shards):
-        raise InputError(f"{folder}: the files do not hold parts of the same tensors")
+        raise InputError("the files do not hold parts of the same tensors")
     for name in shards[0]:
         if name == "rope.freqs":
             continue
         path = name.removesuffix(".weight").split(".")
         layer, part = (path[1], ".".join(path[2:])) if path[0] == "layers" else (None, path[0])
         if part not in NAMES:
-            raise InputError(f"{folder}: the tensor {name} is not part of a Llama")
+            raise InputError(f"the tensor {name} is not part of a Llama")
         target = NAMES[part] if layer is None else f"model.layers.{layer}.{NAMES[part]}"
         rotated = {"attention.wq": heads, "attention.wk": groups}.get(part)
         slices = [shard[name] for shard in shards]

@@ -84,7 +84,7 @@ GENERATE = {
     "prompt": text,
     "device": one_of("cpu"),
     "max-new-tokens": whole(1),
-    "temperature": number(lambda x: 0 <= x <= 1000),
+    "temperature": number(lambda x: x == 0 or 0.001 <= x <= 1000),
     "top-p": number(lambda x: 0 < x <= 1),
     "seed": whole(0, 2**63 - 1),
 }
