@@ -18,6 +18,7 @@ from dpo_minimal.formats.conversations import HUMAN, only_question
 from dpo_minimal.formats.layout import data_parts
 from dpo_minimal.formats.rows import data_files, pair_of, read_rows
 
+MAX_CHARACTERS = 2**20  # a longer text would take seconds and gigabytes to tokenize
 MAX_HELD_OUT = 1000  # pairs: an accuracy then has a standard error of at most 1.6 points
 
 
@@ -43,6 +44,8 @@ def why_useless(pair: PreferencePair) -> str | None:
         return "with an empty answer"
     if HUMAN in pair.chosen + pair.rejected:
         return "with a further turn inside an answer"
+    if max(len(str(text)) for text in pair) > MAX_CHARACTERS:
+        return f"with a text of more than {MAX_CHARACTERS:,} characters"
     return "with chosen = rejected" if pair.chosen == pair.rejected else None
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -56,14 +57,39 @@ def write_json(path, value):
         file.write((json.dumps(value, indent=2) + "\n").encode())
 
 
+@contextmanager
+def reading(path, what: str):
+    """Whatever goes wrong within the context is an InputError that names the file.
+
+    For readers that fail in many ways. what: what the file should have been, "a JSON file".
+    """
+    try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise InputError(f"{path}: not a regular file")  # a pipe or a device may have no end
+        yield
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except BaseException as error:  # a panic in Rust is no Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
+            raise
+        reason = str(error) or type(error).__name__
+        raise InputError(f"{path}: not {what} that can be read ({reason})") from None
+
+
+def unique_keys(pairs: list) -> dict:
+    """For json.loads: an object; ValueError for a key that is there twice."""
+    if len(dict(pairs)) < len(pairs):
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {key!r} is there twice")
+    return dict(pairs)
+
+
 def read_json(path) -> dict:
     """Read a JSON object; InputError if the file is missing, broken or something else."""
-    try:
-        value = json.loads(Path(path).read_text("utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not a JSON file that can be read ({error})") from None
+    with reading(path, "a JSON file"):
+        value = json.loads(Path(path).read_text("utf-8"), object_pairs_hook=unique_keys)
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object")
     return value
@@ -80,5 +106,5 @@ def read_sealed(path) -> bytes:
     """What `write_sealed` wrote; InputError if a byte of it has changed."""
     data = Path(path).read_bytes()
     if hashlib.sha256(data[32:]).digest() != data[:32]:
-        raise InputError(f"{path}: damaged; delete it, and --resume begins the stage again")
+        raise InputError(f"{path}: damaged; delete it, and --resume computes it again")
     return data[32:]

@@ -59,13 +59,13 @@ class Log:
 
 def rewind(path: Path, stage: str, step: int):
     """Drop a stage's lines from `step` on from a metrics.jsonl, and a line that was cut off."""
-    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
     kept = ""
     for line in lines:
         try:
             row = json.loads(line)
             keep = row["stage"] != stage or row["step"] < step
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
         if keep:
             kept += f"{line}\n"

@@ -17,7 +17,7 @@ import torch
 from dpo_minimal import InputError
 from dpo_minimal.batches import Order
 from dpo_minimal.extras import parallel, progress
-from dpo_minimal.files import read_sealed, write_sealed
+from dpo_minimal.files import read_sealed, reading, write_sealed
 from dpo_minimal.log import Log
 
 
@@ -203,18 +203,19 @@ def load_state(path: Path, model, optimizer, tables):
     InputError if it is damaged, or if its tables have other sizes: then the data are not those of
     the interrupted run.
     """
-    state = torch.load(io.BytesIO(read_sealed(path)), map_location="cpu", weights_only=True)
-    for name, table in tables.items():
-        saved = state["tables"][name]
-        if saved.shape != table.shape:
-            found = f"{len(table)} {name} pairs, and the interrupted run had {len(saved)}"
-            raise InputError(f"{path}: {found}: resume with the same data")
-        table.copy_(saved)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parameter.data.copy_(state["trained"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
-    if "cuda_rng" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda_rng"])
-    return state["reached"]
+    with reading(path, "a state of this run"):
+        state = torch.load(io.BytesIO(read_sealed(path)), map_location="cpu", weights_only=True)
+        for name, table in tables.items():
+            saved = state["tables"][name]
+            if saved.shape != table.shape:
+                found = f"{len(table)} {name} pairs, and the interrupted run had {len(saved)}"
+                raise InputError(f"{path}: {found}: resume with the same data")
+            table.copy_(saved)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.data.copy_(state["trained"][name])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        if "cuda_rng" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda_rng"])
+        return state["reached"]

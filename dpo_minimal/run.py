@@ -11,7 +11,7 @@ import torch
 from dpo_minimal import InputError
 from dpo_minimal.extras import digest, lock, parallel, reuse, trackers
 from dpo_minimal.extras.compiled import check_compiler
-from dpo_minimal.extras.flags import check_flags, make_parser
+from dpo_minimal.extras.flags import check_flags, check_saved, make_parser
 from dpo_minimal.extras.presets import PRESETS
 from dpo_minimal.files import read_json, write_json
 from dpo_minimal.formats.chat import chosen_template, settle_template, write_template
@@ -34,6 +34,7 @@ def saved_flags(folder: Path, resume: bool, stage: str | None) -> dict:
     saved = read_json(folder / "config.json").get("arguments")
     if not isinstance(saved, dict) or "stage" not in saved:
         raise InputError(f"{folder / 'config.json'} is not that of a run: see --out and --reuse")
+    check_saved(saved, folder / "config.json")
     left_out = {"stage", "resume", "out", "track"}
     if not resume and saved["stage"] not in (None, stage):
         left_out |= STAGE_FLAGS

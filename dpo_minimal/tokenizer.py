@@ -10,7 +10,7 @@ from pathlib import Path
 import sentencepiece
 
 from dpo_minimal import InputError
-from dpo_minimal.files import write_json
+from dpo_minimal.files import reading, write_json
 
 # Beside a tokenizer.model, so that transformers reads it as it reads Llama 2's.
 TOKENIZER_CONFIG = {
@@ -29,10 +29,8 @@ class Tokenizer:
     template = None  # the blog's text; see load_tokenizer
 
     def __init__(self, path):
-        try:
+        with reading(path, "a SentencePiece model"):
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"{path}: not a SentencePiece model ({error})") from None
         self.bos_id, self.eos_id = self.model.bos_id(), self.model.eos_id()
         self.vocab_size = self.model.vocab_size()
 

@@ -55,10 +55,10 @@ def test_a_safetensors_file_written_by_hand_is_read(tmp_path):
         "b": {"dtype": "F32", "shape": [2, 2], "data_offsets": [4, 20]},  # not in order
         "a": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]},
         "c": {"dtype": "U8", "shape": [3], "data_offsets": [20, 23]},
-        "d": {"dtype": "F16", "shape": [], "data_offsets": [24, 26]},
+        "d": {"dtype": "F16", "shape": [], "data_offsets": [23, 25]},
     }
     # bfloat16 is the upper half of float32: 1.0 is 3f80, -2.0 is c000; float16 1.5 is 3e00
-    data = bytes.fromhex("803f00c0") + struct.pack("<4f", 1, 2, 3, 4.5) + bytes([7, 8, 255, 0])
+    data = bytes.fromhex("803f00c0") + struct.pack("<4f", 1, 2, 3, 4.5) + bytes([7, 8, 255])
     data += bytes.fromhex("003e")
     path = tmp_path / "model.safetensors"
     path.write_bytes(safetensors_bytes(header, data))
@@ -538,6 +538,7 @@ def test_settings_that_peft_writes_and_that_mean_nothing_here_are_accepted(tmp_p
 def test_the_alpha_of_a_foreign_adapter_scales_its_update(tmp_path):
     # Ours have alpha = r, so that only a folder from elsewhere shows what the two numbers do.
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 7, "target_modules": ["v_proj"]}
+    config["layers_to_transform"] = [1]
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     path = "model.layers.1.self_attn.v_proj"
     A, B = torch.zeros(2, 16), torch.zeros(12, 2)

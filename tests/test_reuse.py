@@ -1,5 +1,6 @@
 """DPO without SFT, on somebody's SFT, on another run's SFT; and settings by name."""
 
+import io
 import json
 import shutil
 
@@ -13,8 +14,8 @@ from dpo_minimal.checkpoint import load_adapter, load_llama, save_adapter
 from dpo_minimal.data import encode_pairs, load_splits
 from dpo_minimal.extras.presets import PRESETS
 from dpo_minimal.extras.reuse import FIXED
+from dpo_minimal.files import read_sealed
 from dpo_minimal.formats.huggingface import parse_config
-from dpo_minimal.formats.safetensors import open_safetensors
 from dpo_minimal.lora import adapter_names, add_adapter, lora_layers
 from dpo_minimal.loss import preference_logps
 from dpo_minimal.run import make_parser, stage_settings
@@ -187,8 +188,8 @@ def test_a_reuse_that_was_cut_off_is_resumed(tmp_path, first_run):
 
 
 def test_kept_values_are_finite_and_of_every_pair_that_was_seen(first_run):
-    (path,) = first_run.glob("reference-*.safetensors")
-    tables = {name: tensor.read() for name, tensor in open_safetensors(path).items()}
+    (path,) = first_run.glob("reference-*.pt")
+    tables = torch.load(io.BytesIO(read_sealed(path)), weights_only=True)
     assert tables["held-out"].isfinite().all() and len(tables["held-out"]) == 16
     assert 0 < tables["training"].isfinite().all(dim=1).sum() <= 12  # 3 steps of 4 pairs
 

@@ -11,8 +11,9 @@ import torch
 from dpo_minimal import InputError, forum
 from dpo_minimal.batches import answer_rows
 from dpo_minimal.checkpoint import load_adapter, load_llama
-from dpo_minimal.data import format_prompt
+from dpo_minimal.data import encode_example
 from dpo_minimal.extras.report import variants
+from dpo_minimal.formats.chat import find_template
 from dpo_minimal.formats.rows import read_rows
 from dpo_minimal.generate import sample_steps
 from dpo_minimal.llama import Llama
@@ -104,7 +105,7 @@ def find_run(folder, model=None) -> FinishedRun:
 
 def run_tokenizer(run: FinishedRun):
     """The tokenizer that the run was trained with."""
-    return load_tokenizer(run.base)
+    return load_tokenizer(run.base, find_template(run.folder / "dpo", run.base))
 
 
 def open_run(run: FinishedRun, device: str, dtype: torch.dtype) -> Trio:
@@ -163,7 +164,7 @@ def encode_question(trio: Trio, question: str) -> list[int]:
     """The prompt of a question in tokens; InputError if an answer could not follow."""
     if not question.strip():
         raise InputError("there is no question yet")
-    prompt = trio.tokenizer.encode(format_prompt(question), bos=True)
+    prompt = encode_example(trio.tokenizer, question)[0]
     most = trio.model.config.max_position_embeddings
     if len(prompt) >= most:
         raise InputError(f"the question has {len(prompt)} tokens, this model reads {most} in all")

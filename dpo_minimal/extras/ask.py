@@ -15,8 +15,9 @@ import torch
 from dpo_minimal import InputError
 from dpo_minimal.checkpoint import load_adapter, load_llama
 from dpo_minimal.data import encode_example
-from dpo_minimal.extras.command_line import real, refuse, whole
+from dpo_minimal.extras.command_line import real, refuse, temperature, whole, words
 from dpo_minimal.extras.flags import check_device, check_template
+from dpo_minimal.extras.preflight import check_fit
 from dpo_minimal.files import read_json
 from dpo_minimal.formats.chat import chosen_template
 from dpo_minimal.formats.conversations import Message
@@ -29,15 +30,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Ask a model.")
     parser.error = refuse
     add = parser.add_argument
-    add("--model", required=True, help="model folder, Hugging Face or Meta layout")
-    add("--adapter", help="adapter folder, such as runs/forum/dpo")
-    add("--prompt", help="the question; without it, read questions line by line")
-    add("--prompts", metavar="FILE", help="questions, one a line, each asked on its own")
+    add("--model", type=words, required=True, help="model folder, Hugging Face or Meta layout")
+    add("--adapter", type=words, help="adapter folder, such as runs/forum/dpo")
+    add("--prompt", type=words, help="the question; without it, read questions line by line")
+    add("--prompts", type=words, metavar="FILE", help="questions, one per line")
     templates = "the blog's text, or a chat (default: as the adapter or the model was tuned)"
     add("--template", choices=("qa", "chat"), help=templates)
-    add("--chat-template", metavar="FILE", help="a Jinja template instead of the folder's own")
+    add("--chat-template", type=words, metavar="FILE", help="a Jinja template to ask in")
     add("--max-new-tokens", type=whole(1), default=128, help="tokens of an answer, at most (128)")
-    add("--temperature", type=real(low=0, high=1e3), default=0.0, help="0 (default): greedy")
+    add("--temperature", type=temperature, default=0.0, help="0 (default): greedy")
     add("--top-p", type=real(above=0, high=1), default=1.0, help="likeliest tokens, up to this")
     add("--seed", type=whole(0, 2**63 - 1), default=0, help="of the sampling")
     add("--no-quantize", action="store_true", help="even under an adapter")
@@ -73,6 +74,7 @@ def main():
     model = load_llama(args.model, device, getattr(torch, dtype), quantize)
     if args.adapter:
         load_adapter(model, args.adapter, "adapter")
+    check_fit(args.model, tokenizer, model.config, 0)
 
     def answer(turns):
         sampling = dict(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
@@ -144,3 +146,5 @@ def read_line() -> str:
         return input("> ").strip()
     except (EOFError, KeyboardInterrupt):
         return ""
+    except UnicodeDecodeError:
+        raise InputError("the question is not text in UTF-8") from None

@@ -9,8 +9,8 @@ import re
 from pathlib import Path
 
 from dpo_minimal.data import format_prompt
+from dpo_minimal.extras.reuse import read_tables
 from dpo_minimal.files import read_json, whole_file
-from dpo_minimal.formats.safetensors import open_safetensors
 
 QUESTION = "Why is the sky blue?"
 TITLES = {
@@ -73,8 +73,8 @@ def front_matter(run, product: str, base: str) -> str:
 
 def training_pairs(out: Path) -> int | None:
     """How many pairs DPO was trained on, by the table of its reference; None if it is not clear."""
-    tables = [open_safetensors(path) for path in out.glob("reference-*.safetensors")]
-    sizes = {len_of["training"].shape[0] for len_of in tables if "training" in len_of}
+    tables = map(read_tables, out.glob("reference-*.pt"))
+    sizes = {len(table["training"]) for table in tables if "training" in table}
     return sizes.pop() if len(sizes) == 1 else None
 
 

@@ -38,6 +38,25 @@ def real(above: float = -math.inf, low: float = -math.inf, below: float = math.i
     return parse
 
 
+def temperature(text: str) -> float:
+    """An argparse type: 0, or so large that a logit divided by it is finite."""
+    value = real(low=0, high=1e3)(text)
+    if 0 < value < 1e-3:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is above 0 and below 0.001")
+    return value
+
+
+def words(text: str) -> str:
+    """An argparse type: a text that is not empty, as $VARIABLE is if it was never set."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not text in UTF-8") from None
+    if not text.strip():
+        raise argparse.ArgumentTypeError("its text is empty")
+    return text
+
+
 def refuse(message: str):
     """For a parser's `error`: raise an InputError instead of printing the usage."""
     raise InputError(" ".join(message.split()))
@@ -50,13 +69,10 @@ def run_command(main):
     except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to flush
         raise SystemExit(0) from None
-    except InputError as error:
+    except (InputError, OSError) as error:
+        if isinstance(error, OSError):
+            error = InputError(f"{error.filename or 'the system'}: {error.strerror or error}")
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except OSError as error:
-        print(
-            f"error: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr
-        )
         raise SystemExit(2) from None
     except KeyboardInterrupt as stop:
         print(str(stop) or "stopped", file=sys.stderr)

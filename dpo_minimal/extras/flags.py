@@ -5,7 +5,7 @@ import argparse
 import torch
 
 from dpo_minimal import InputError
-from dpo_minimal.extras.command_line import real, refuse, whole
+from dpo_minimal.extras.command_line import real, refuse, whole, words
 from dpo_minimal.extras.presets import PRESETS
 from dpo_minimal.extras.trackers import TRACKERS
 from dpo_minimal.loss import LOSSES
@@ -19,18 +19,18 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=lines_kept)
     parser.error = refuse
     files = parser.add_argument_group("files").add_argument
-    files("--model", help="model folder; without it a tiny Llama is pretrained")
-    files("--data", help="preference file or folder; without it the embedded forum")
-    files("--eval-data", help="held-out pairs; without it a part of the data")
-    files("--out", help="run folder (runs/forum, or runs/ and the model's name)")
+    files("--model", type=words, help="model folder; without it a tiny Llama is pretrained")
+    files("--data", type=words, help="preference file or folder; without it the embedded forum")
+    files("--eval-data", type=words, help="held-out pairs; without it a part of the data")
+    files("--out", type=words, help="run folder (runs/forum, or runs/ and the model's name)")
     files("--stage", choices=STAGES, help="run only this stage")
     files("--resume", action="store_true", help="go on with an interrupted run")
-    files("--reuse", metavar="RUN", help="begin with that run's base, SFT and reference values")
+    files("--reuse", type=words, metavar="RUN", help="begin with that run's base, SFT, reference")
     files("--no-sft", action="store_true", help="DPO on the model as it is, its own reference")
-    files("--sft-adapter", metavar="DIR", help="an SFT adapter in PEFT's layout, instead of SFT")
+    files("--sft-adapter", type=words, metavar="DIR", help="a PEFT adapter, instead of SFT")
     templates = "the blog's text, or the model's own (default for rows of messages)"
     files("--template", choices=("qa", "chat"), help=templates)
-    files("--chat-template", metavar="FILE", help="a Jinja template for a model without one")
+    files("--chat-template", type=words, metavar="FILE", help="Jinja, for a model without one")
     files("--track", choices=TRACKERS, help="show the metrics there as they come")
     files("--preset", choices=PRESETS, help="settings by name; stack-llama-2: the blog's own")
     kinds = [f"{kind}: {(loss.__doc__ or '?').splitlines()[0]}" for kind, loss in LOSSES.items()]
@@ -55,7 +55,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     model("--lora-r", type=whole(1, 2**14), default=8, help="rank of the adapters (8)")
     model("--lora-alpha", type=real(above=0), default=16, help="their scale is alpha / r (16)")
     model("--lora-dropout", type=real(low=0, below=1), default=0.05, help="in training (0.05)")
-    model("--target-modules", help="linear layers, or all (q_proj,v_proj; forum all)")
+    model("--target-modules", type=words, help="linear layers, or all (q_proj,v_proj; forum all)")
     model("--no-quantize", action="store_true", help="LoRA instead of QLoRA")
     model("--dtype", choices=["float32", "bfloat16"], help="bfloat16 on a GPU, else float32")
     model("--device", help="cuda if there is one, else cpu")
@@ -90,10 +90,33 @@ def check_template(args):
         raise InputError("--chat-template goes with --template chat, not qa")
 
 
+def check_saved(saved: dict, path):
+    """InputError for a flag in a run's config.json that the command line would not have taken."""
+    actions = {action.dest: action for action in make_parser("")._actions}
+    for name, value in saved.items():
+        known = name in actions and would_take(actions[name], value)
+        if not known and name != "template_digest":  # which is compared, and was no flag
+            raise InputError(f"{path}: {name} is {value!r}, which is no value of that flag")
+
+
+def would_take(action: argparse.Action, value) -> bool:
+    """Whether the command line could have given a flag this value."""
+    if value is None:
+        return action.default is None and action.dest not in PRESETS["usual"][0]
+    if action.nargs == 0:  # a switch
+        return isinstance(value, bool)
+    try:
+        right = (action.type or str)(str(value)) == value
+    except argparse.ArgumentTypeError:
+        return False
+    return right and (action.choices is None or value in action.choices)
+
+
 def check_device(name: str | None):
     """InputError for a device that torch does not have here."""
-    kind, _, number = (name or "cpu").partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (number and not number.isdecimal()):
+    kind, colon, number = (name or "cpu").partition(":")
+    numbered = kind == "cuda" and number.isascii() and number.isdecimal()
+    if kind not in ("cpu", "cuda", "mps") or (colon and not numbered):
         raise InputError(f"--device {name}: give cpu, cuda, mps, or cuda: and a GPU's number")
     found = kind != "cuda" or int(number or 0) < torch.cuda.device_count()
     if not found or (kind == "mps" and not torch.backends.mps.is_available()):

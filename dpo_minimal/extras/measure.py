@@ -17,7 +17,7 @@ from dpo_minimal.checkpoint import load_adapter, load_llama
 from dpo_minimal.data import encode_pairs, load_pairs
 from dpo_minimal.evaluate import one_epoch, preference_metrics
 from dpo_minimal.extras import passport, report
-from dpo_minimal.extras.command_line import real, refuse, whole
+from dpo_minimal.extras.command_line import real, refuse, temperature, whole
 from dpo_minimal.extras.flags import check_device
 from dpo_minimal.files import read_json, whole_file
 from dpo_minimal.formats.chat import chosen_template
@@ -54,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     flag("--prompts", metavar="FILE", help="questions, one per line, to be answered by each model")
     flag("--out", metavar="FILE", help="where the answers go, as Markdown, if not to the screen")
     flag("--max-new-tokens", type=whole(1), default=128)
-    flag("--temperature", type=real(low=0, high=1e3), default=0.0, help="0: greedy")
+    flag("--temperature", type=temperature, default=0.0, help="0: greedy")
     flag("--top-p", type=real(above=0, high=1), default=1.0)
     flag("--seed", type=whole(0, 2**63 - 1), default=0)
     flag("--verify", metavar="RUN", help="whether a run's products give the run's own numbers")

@@ -5,6 +5,7 @@ nothing but DPO must be computed again.
 """
 
 import hashlib
+import io
 import json
 import shutil
 from pathlib import Path
@@ -13,8 +14,14 @@ import torch
 
 from dpo_minimal import InputError
 from dpo_minimal.extras import digest, parallel
-from dpo_minimal.files import read_json, whole_file, whole_folder
-from dpo_minimal.formats.safetensors import open_safetensors, write_safetensors
+from dpo_minimal.files import (
+    read_json,
+    read_sealed,
+    reading,
+    whole_file,
+    whole_folder,
+    write_sealed,
+)
 from dpo_minimal.reference import new_table
 
 # What base, SFT, the pairs and so the reference depend on.
@@ -44,21 +51,28 @@ def tables_path(run) -> Path:
     what = [getattr(run.args, name) for name in FIXED] + [str(run.dtype), run.device]
     what += [read_json(run.out / "config.json")["data"], digest.of_files(adapter)]
     name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
-    return run.out / f"reference-{name}.safetensors"
+    return run.out / f"reference-{name}.pt"
+
+
+def read_tables(path: Path) -> dict[str, torch.Tensor]:
+    """{name: float32 [n, 2]} as `keep_tables` wrote them."""
+    with reading(path, "reference values"):
+        return torch.load(io.BytesIO(read_sealed(path)), weights_only=True)
 
 
 def known_tables(run, sizes: dict[str, int]) -> dict[str, torch.Tensor]:
     """{name: float32 [n, 2]}: reference log-probabilities, NaN where nothing is known yet."""
     path, tables = tables_path(run), {name: new_table(n) for name, n in sizes.items()}
     if path.exists():
-        for name, saved in open_safetensors(path).items():
+        for name, saved in read_tables(path).items():
             if name in tables and saved.shape == tables[name].shape:
-                tables[name] = saved.read()
+                tables[name] = saved
     return tables
 
 
 def keep_tables(run, tables: dict[str, torch.Tensor]):
     """Write the tables beside the products, for --reuse; those of process 0 are enough."""
     if parallel.first():
-        shapes = {name: tuple(table.shape) for name, table in tables.items()}
-        write_safetensors(tables_path(run), shapes, torch.float32, tables.__getitem__)
+        data = io.BytesIO()
+        torch.save(tables, data)
+        write_sealed(tables_path(run), data.getvalue())

@@ -3,6 +3,7 @@
 import csv
 
 from dpo_minimal import InputError
+from dpo_minimal.files import reading
 
 LONGEST = 2**30  # characters of a field; the module's own limit is 131,072
 
@@ -10,18 +11,13 @@ LONGEST = 2**30  # characters of a field; the module's own limit is 131,072
 def read_csv(path):
     """Yield (place, row dict) of a CSV file in UTF-8; InputError for a line of another length."""
     csv.field_size_limit(LONGEST)
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader, first = csv.DictReader(file, strict=True), 2
-            if not reader.fieldnames:
-                raise InputError(f"{path} is empty: it should begin with the columns' names")
-            for row in reader:
-                place, first = f"{path}, line {first}", reader.line_num + 1
-                if None in row or None in row.values():
-                    columns = len(reader.fieldnames)
-                    raise InputError(f"{place}: not the {columns} fields that the first line names")
-                yield place, row
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a CSV file in UTF-8 ({error})") from None
+    with reading(path, "a CSV file in UTF-8"), open(path, encoding="utf-8-sig", newline="") as file:
+        reader, first = csv.DictReader(file, strict=True), 2
+        if not reader.fieldnames:
+            raise InputError(f"{path} is empty: it should begin with the columns' names")
+        for row in reader:
+            place, first = f"{path}, line {first}", reader.line_num + 1
+            if None in row or None in row.values():
+                columns = len(reader.fieldnames)
+                raise InputError(f"{place}: not the {columns} fields that the first line names")
+            yield place, row

@@ -15,12 +15,14 @@ from dpo_minimal.extras import progress
 from dpo_minimal.files import read_json, whole_folder, write_json
 from dpo_minimal.formats.bounds import ROPE_BOUNDS, check_bounds
 from dpo_minimal.formats.meta import is_meta_folder, open_meta_folder
+from dpo_minimal.formats.pickled import open_bin
 from dpo_minimal.formats.safetensors import LazyTensor, open_safetensors, write_safetensors
 from dpo_minimal.llama import Llama, LlamaConfig
 from dpo_minimal.lora import linear_layers, merged_weight
 from dpo_minimal.nf4 import NF4Linear, quantize_nf4
 
 SHARD_BYTES = 5 * 10**9
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Keys of a config.json for which one value is implemented, and keys that change no computation.
 # Mistral from 7B v0.3 on is a Llama by another name; before, it had a sliding window.
 ONLY = {
@@ -54,11 +56,13 @@ def parse_config(config: dict) -> LlamaConfig:
     given.setdefault("model_type", None)
     if given["model_type"] == "mistral":  # what it means where it says nothing
         given = {"sliding_window": 4096, "num_key_value_heads": 8} | given
-    key = "rope_parameters" if given.get("rope_parameters") else "rope_scaling"  # new, old
-    rope = given.pop(key, None) or {}
-    default_theta = LlamaConfig.rope_theta
-    given["rope_scaling"] = read_rope_scaling(key, rope)
-    given["rope_theta"] = rope.get("rope_theta") or given.get("rope_theta") or default_theta
+    new, old = given.pop("rope_parameters", None), given.get("rope_scaling")
+    if new and old and new != old:
+        raise InputError("config.json has rope_parameters and another rope_scaling")
+    rope = new or old or {}
+    given["rope_scaling"] = read_rope_scaling("rope_parameters" if new else "rope_scaling", rope)
+    thetas = [rope.get("rope_theta"), given.get("rope_theta"), LlamaConfig.rope_theta]
+    given["rope_theta"] = next(theta for theta in thetas if theta is not None)
     names = {field.name for field in fields(LlamaConfig)}
     for key, value in given.items():
         if key in ONLY:
@@ -86,6 +90,8 @@ def read_rope_scaling(key: str, rope: dict) -> dict | None:
     extra = rope.keys() - {"rope_type", "type", "rope_theta", *wanted}
     if kind not in ("default", "llama3") or extra or any(name not in rope for name in wanted):
         raise InputError(f"config.json asks for {key} = {rope!r}: not implemented here")
+    if wanted and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise InputError(f"config.json's {key}: low_freq_factor is not below high_freq_factor")
     return {"rope_type": kind} | {name: rope[name] for name in wanted} if wanted else None
 
 
@@ -122,29 +128,24 @@ def open_weights(folder: Path) -> dict[str, LazyTensor]:
     for single, reader in readers.items():
         index = folder / f"{single}.index.json"
         if index.exists():
-            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-            tensors = {}
-            for shard in shards:
-                tensors |= reader(folder / Path(shard).name)
-            return tensors
+            return open_shards(index, reader)
         if (folder / single).exists():
             return reader(folder / single)
     raise InputError(f"{folder}: no model.safetensors, no pytorch_model.bin and no index of shards")
 
 
-def open_bin(path) -> dict[str, LazyTensor]:
-    """The tensors of a PyTorch file, mapped into memory."""
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # unpickling fails in many ways
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: not a PyTorch weights file ({reason})") from None
-    return {name: already_read(tensor) for name, tensor in tensors.items()}
-
-
-def already_read(tensor: torch.Tensor) -> LazyTensor:
-    """A tensor that is in memory, as a LazyTensor."""
-    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+def open_shards(index: Path, reader) -> dict[str, LazyTensor]:
+    """The tensors that an index names, each from the file of the same folder that it names."""
+    places = read_json(index).get("weight_map")
+    names = list(places.values()) if isinstance(places, dict) else [None]
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise InputError(f"{index}: its weight_map says {name!r} and not a file beside it")
+    shards = {name: reader(index.parent / name) for name in sorted(set(names))}
+    for tensor, name in places.items():
+        if tensor not in shards[name]:
+            raise InputError(f"{index}: says that {tensor} is in {name}, which lacks it")
+    return {tensor: shards[name][tensor] for tensor, name in places.items()}
 
 
 def load_llama(folder, device="cpu", dtype=torch.float32, quantize: str | None = "nf4") -> Llama:
@@ -176,7 +177,8 @@ def load_llama(folder, device="cpu", dtype=torch.float32, quantize: str | None =
                 model.set_submodule(path, NF4Linear(quantized))
                 finite = quantized.absmax_offset.isfinite()  # a mean over all blocks' maxima
             else:
-                setattr(module, name, nn.Parameter(weight.to(dtype)))
+                weight = weight.to(dtype)
+                setattr(module, name, nn.Parameter(weight))
                 finite = weight.isfinite().all()
             if not finite:
                 raise InputError(f"{folder}: {path}.{name} holds NaN or infinite numbers")
@@ -195,6 +197,8 @@ def check_tensors(folder, model: Llama, weights: dict):
     for name in weights.keys() - shapes.keys() - extras:
         raise InputError(f"{folder}: the tensor {name} is not part of this Llama")
     for name in shapes.keys() & weights.keys():
+        if weights[name].dtype not in FLOATS:
+            raise InputError(f"{folder}: {name} is of {weights[name].dtype}: no weights")
         if weights[name].shape != shapes[name]:
             raise InputError(
                 f"{folder}: {name} has shape {list(weights[name].shape)}, config.json asks for "

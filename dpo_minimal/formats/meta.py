@@ -6,7 +6,8 @@ import torch
 
 from dpo_minimal import InputError
 from dpo_minimal.files import read_json
-from dpo_minimal.formats.bounds import check_bounds
+from dpo_minimal.formats.bounds import ROPE_BOUNDS, check_bounds
+from dpo_minimal.formats.pickled import load_tensors
 from dpo_minimal.formats.safetensors import LazyTensor
 from dpo_minimal.llama import LlamaConfig
 
@@ -24,6 +25,21 @@ NAMES = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
+# Keys of params.json; the first three are about the width of the MLP, which the weights tell.
+KNOWN = {
+    "ffn_dim_multiplier",
+    "multiple_of",
+    "max_batch_size",
+    "dim",
+    "max_seq_len",
+    "n_heads",
+    "n_kv_heads",
+    "n_layers",
+    "norm_eps",
+    "rope_scaling_factor",
+    "rope_theta",
+    "use_scaled_rope",
+}
 # 13B and 70B come in several files. These weights are cut by column, others by row, norms not.
 SPLIT_BY_COLUMN = ("attention.wo", "feed_forward.w2")
 
@@ -37,6 +53,9 @@ def lazy_tensor(slices: list[torch.Tensor], axis: int | None, heads: int | None)
     shape = list(slices[0].shape)
     if axis is not None:
         shape[axis] = sum(part.shape[axis] for part in slices)
+    for part in slices:
+        if any(part.shape[i] != n for i, n in enumerate(shape) if i != axis):
+            raise IndexError
 
     def read():
         tensor = slices[0] if axis is None else torch.cat(slices, dim=axis)
@@ -67,30 +86,31 @@ def open_meta_folder(folder) -> tuple[LlamaConfig, dict]:
     if not files:
         raise InputError(f"{folder}: params.json, but no consolidated.00.pth beside it")
     params = read_json(folder / "params.json")
+    shards = [load_tensors(file) for file in files]
     try:
-        shards = [torch.load(f, map_location="cpu", weights_only=True, mmap=True) for f in files]
-    except Exception as error:  # unpickling fails in many ways
-        raise InputError(
-            f"{folder}: not a Meta checkpoint ({str(error).splitlines()[0]})"
-        ) from None
-    try:
-        return translate(folder, params, shards)
+        return translate(params, shards)
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from None
     except KeyError as error:
         raise InputError(f"{folder}: params.json or the weights lack {error}") from None
+    except IndexError:  # a name without its layer, a tensor with too few axes
+        raise InputError(f"{folder}: not a Meta checkpoint (names or shapes are others)") from None
 
 
-def translate(folder, params: dict, shards: list[dict]) -> tuple[LlamaConfig, dict]:
+def translate(params: dict, shards: list[dict]) -> tuple[LlamaConfig, dict]:
     """Meta's parameters, names and slices as ours; KeyError for what is missing."""
     heads = params["n_heads"]
     groups = params.get("n_kv_heads") or heads
     tensors = {}
+    if any(shard.keys() != shards[0].keys() for shard in shards):
+        raise InputError("the files do not hold parts of the same tensors")
     for name in shards[0]:
         if name == "rope.freqs":
             continue
         path = name.removesuffix(".weight").split(".")
         layer, part = (path[1], ".".join(path[2:])) if path[0] == "layers" else (None, path[0])
         if part not in NAMES:
-            raise InputError(f"{folder}: the tensor {name} is not part of a Llama")
+            raise InputError(f"the tensor {name} is not part of a Llama")
         target = NAMES[part] if layer is None else f"model.layers.{layer}.{NAMES[part]}"
         rotated = {"attention.wq": heads, "attention.wk": groups}.get(part)
         slices = [shard[name] for shard in shards]
@@ -110,6 +130,24 @@ def split_axis(part: str, slices: list[torch.Tensor], width: int) -> int | None:
 
 def read_params(params: dict, tensors: dict) -> LlamaConfig:
     """params.json as a config; sizes that it leaves out are read off the tensors."""
+    vocab_size = tensors["model.embed_tokens.weight"].shape[0]
+    for key, value in params.items():
+        right = value in (-1, vocab_size) if key == "vocab_size" else key in KNOWN
+        if value and not right:
+            raise InputError(f"params.json asks for {key} = {value!r}, which is not here")
+    sizes = dict(
+        vocab_size=vocab_size,
+        hidden_size=params["dim"],
+        intermediate_size=tensors["model.layers.0.mlp.gate_proj.weight"].shape[0],
+        num_hidden_layers=params["n_layers"],
+        num_attention_heads=params["n_heads"],
+        num_key_value_heads=params.get("n_kv_heads"),
+        max_position_embeddings=params.get("max_seq_len", 4096),
+        rms_norm_eps=params["norm_eps"],
+        rope_theta=params.get("rope_theta", 10000.0),
+        tie_word_embeddings="lm_head.weight" not in tensors,
+    )
+    check_bounds(sizes | {"use_scaled_rope": params.get("use_scaled_rope", False)})
     scaling = None
     if params.get("use_scaled_rope"):  # from Llama 3.1 on; the small models of 3.2 scale by 32
         default_factor = 32.0 if params["dim"] < 4096 else 8.0
@@ -120,18 +158,5 @@ def read_params(params: dict, tensors: dict) -> LlamaConfig:
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
         }
-    sizes = dict(
-        vocab_size=tensors["model.embed_tokens.weight"].shape[0],
-        hidden_size=params["dim"],
-        intermediate_size=tensors["model.layers.0.mlp.gate_proj.weight"].shape[0],
-        num_hidden_layers=params["n_layers"],
-        num_attention_heads=params["n_heads"],
-        num_key_value_heads=params.get("n_kv_heads"),
-        max_position_embeddings=params.get("max_seq_len", 4096),
-        rms_norm_eps=params["norm_eps"],
-        rope_theta=params.get("rope_theta", 10000.0),
-        rope_scaling=scaling,
-        tie_word_embeddings="lm_head.weight" not in tensors,
-    )
-    check_bounds(sizes)
-    return LlamaConfig(**sizes)
+        check_bounds(scaling, ROPE_BOUNDS)
+    return LlamaConfig(**sizes, rope_scaling=scaling)

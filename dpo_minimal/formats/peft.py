@@ -7,9 +7,10 @@ import torch.nn.functional as F
 
 from dpo_minimal import InputError
 from dpo_minimal.files import read_json, whole_folder, write_json
+from dpo_minimal.formats.bounds import ADAPTER_BOUNDS, check_bounds
 from dpo_minimal.formats.safetensors import open_safetensors, write_safetensors
 from dpo_minimal.llama import Llama
-from dpo_minimal.lora import add_adapter, lora_layers
+from dpo_minimal.lora import add_adapter, linear_layers, lora_layers
 
 # What an adapter_config.json may ask for in one form only; other settings change nothing here.
 PLAIN_LORA = {
@@ -23,6 +24,29 @@ PLAIN_LORA = {
     "alpha_pattern": {},
     "modules_to_save": None,
     "trainable_token_indices": None,
+    "init_lora_weights": True,
+}
+# Ways to begin the training that leave the base weights as they are, and settings without effect.
+BEGINNINGS = (True, "gaussian", "eva", "orthogonal")
+NO_EFFECT = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "megatron_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "revision",
+    "target_modules",
+    "task_type",
 }
 
 
@@ -52,7 +76,7 @@ def save_adapter(model: Llama, names: list[str], folder, base_name: str = "", ad
         "r": r,
         "lora_alpha": r,
         "lora_dropout": 0.0,
-        "target_modules": sorted({path.split(".")[-1] for path in chosen}),
+        "target_modules": target_names(model, chosen),
         "inference_mode": True,
     }
     for name, tensor in tensors.items():
@@ -67,6 +91,19 @@ def save_adapter(model: Llama, names: list[str], folder, base_name: str = "", ad
             add(folder)
 
 
+def target_names(model: Llama, chosen) -> list[str]:
+    """The last names of the chosen layers, or their full names if other layers share those."""
+    names = {path.split(".")[-1] for path in chosen}
+    everywhere = all(path in chosen for path in named_layers(model, names))
+    return sorted(names if everywhere else chosen)
+
+
+def named_layers(model: Llama, targets) -> list[str]:
+    """The full names of the layers that target_modules names by last or by full names."""
+    paths = linear_layers(model)
+    return [p for p in paths if any(p == name or p.endswith(f".{name}") for name in targets)]
+
+
 def load_adapter(model: Llama, folder, name: str):
     """Add the adapter of a folder in PEFT's layout under a name, as the model's trainable one.
 
@@ -74,16 +111,10 @@ def load_adapter(model: Llama, folder, name: str):
     """
     folder = Path(folder)
     config = read_json(folder / "adapter_config.json")
-    for key, plain in PLAIN_LORA.items():
-        if (config.get(key) or plain) != plain:
-            raise InputError(
-                f"{folder}: the adapter has {key} = {config[key]!r}: not supported here"
-            )
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), (int, float)):
-            raise InputError(f"{folder}: adapter_config.json has no number {key}")
+    check_plain(folder, config)
     weights = open_safetensors(folder / "adapter_model.safetensors")
     paths = {key.removeprefix("base_model.model.").rsplit(".lora_", 1)[0]: None for key in weights}
+    check_paths(folder, config, model, paths)
     add_adapter(model, name, r=config["r"], alpha=config["lora_alpha"], targets=",".join(paths))
     layers = lora_layers(model)
     for path in paths:
@@ -94,9 +125,47 @@ def load_adapter(model: Llama, folder, name: str):
                 found = "missing" if saved is None else f"of shape {list(saved.shape)}"
                 wanted = list(parameter.shape)
                 raise InputError(f"{folder}: {path}.{part} is {found}, this model needs {wanted}")
-            tensor = saved.read()
-            if not tensor.isfinite().all():
+            if not saved.dtype.is_floating_point:
+                raise InputError(f"{folder}: {path}.{part} is of {saved.dtype}: no weights")
+            parameter.data.copy_(saved.read())
+            if not parameter.isfinite().all():
                 raise InputError(f"{folder}: {path}.{part} holds NaN or infinite numbers")
-            parameter.data.copy_(tensor)
     if weights:
         raise InputError(f"{folder}: {next(iter(weights))} is not part of a LoRA adapter")
+
+
+def check_plain(folder: Path, config: dict):
+    """InputError unless an adapter_config.json asks for plain LoRA, in numbers that make sense."""
+    for key, value in config.items():
+        right = value == PLAIN_LORA[key] if key in PLAIN_LORA else key in NO_EFFECT
+        if key == "init_lora_weights":
+            right = value in BEGINNINGS
+        if value and not right:
+            raise InputError(f"{folder}: the adapter has {key} = {value!r}: not supported here")
+    check_bounds({"r": None, "lora_alpha": None} | config, ADAPTER_BOUNDS, f"{folder}: the adapter")
+
+
+def check_paths(folder: Path, config: dict, model: Llama, paths):
+    """InputError unless the adapted layers are the model's, and all that target_modules names.
+
+    Names that no layer has are allowed, as in PEFT. A pattern in place of a list of names is not
+    followed, and layers may be left out where the config says so: then the weights tell which.
+    """
+    for path in paths:
+        if path not in linear_layers(model):
+            raise InputError(f"{folder}: {path} is no linear layer of this model")
+    targets = config.get("target_modules") or "all-linear"
+    if isinstance(targets, str) and targets != "all-linear":
+        return
+    if not isinstance(targets, str | list) or not all(isinstance(name, str) for name in targets):
+        raise InputError(f"{folder}: target_modules is {targets!r}, and not a list of names")
+    wanted = list(linear_layers(model)) if targets == "all-linear" else named_layers(model, targets)
+    for path in paths:
+        if path not in wanted:
+            raise InputError(
+                f"{folder}: has weights for {path}, which target_modules does not name"
+            )
+    left_out = config.get("layers_to_transform") is not None or config.get("exclude_modules")
+    for path in () if left_out else wanted:
+        if path not in paths:
+            raise InputError(f"{folder}: target_modules names {path}, whose weights are missing")

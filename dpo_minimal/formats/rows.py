@@ -3,10 +3,10 @@
 import gzip
 import json
 import os
-import zlib
 from pathlib import Path
 
 from dpo_minimal import InputError
+from dpo_minimal.files import reading
 from dpo_minimal.formats.conversations import (
     ASSISTANT,
     conversation_of,
@@ -20,6 +20,8 @@ SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet", ".csv")
 # How prompts begin that are in a chat template already: ChatML, Llama 2, Llama 3, Zephyr.
 TEMPLATED = ("<|im_start|>", "[INST]", "<s>[INST]", "<s> [INST]", "<|begin_of_text|>")
 TEMPLATED += ("<|start_header_id|>", "<|user|>", "<|system|>")
+MAX_LINE = 2**24  # characters: a file of something else may have no end of line
+MAX_RATIO = 50  # of a gzipped array, whose unpacked text must fit into memory
 
 
 # --- files to rows ----------------------------------------------------------------------------
@@ -49,28 +51,32 @@ def read_rows(path: Path):
         if path.name.endswith(suffix):
             yield from reader(path)
             return
-    try:
+    with reading(path, "a whole UTF-8 text file"):
         with open(path, "rb") as file:
             zipped = file.read(2) == b"\x1f\x8b"
         with (gzip.open if zipped else open)(path, "rt", encoding="utf-8") as file:
             yield from read_json_rows(path, file)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise InputError(f"{path}: not a whole UTF-8 text file ({error})") from None
 
 
 def read_json_rows(path, file):
     """Yield (place, row) from an open text file. A JSON array is read into memory whole."""
-    first = next((line for line in file if line.strip()), None)
-    if first is None:
+    piece = file.read(2**16)
+    while piece and not piece.strip():
+        piece = file.read(2**16)
+    if not piece:
         raise InputError(f"{path} is empty: it should hold preference pairs as JSON")
     file.seek(0)
-    if first.lstrip().startswith("["):
-        for number, row in enumerate(parse_json(path, file.read(), 1), start=1):
+    if piece.lstrip().startswith("["):
+        most = MAX_RATIO * path.stat().st_size
+        text = file.read(most + 1)
+        if len(text) > most:
+            raise InputError(f"{path}: unpacks to more than {MAX_RATIO} times its size")
+        for number, row in enumerate(parse_json(path, text, 1), start=1):
             yield f"{path}, entry {number}", row
         return
-    for number, line in enumerate(file, start=1):
+    for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), ""), start=1):
+        if len(line) == MAX_LINE:
+            raise InputError(f"{path}, line {number}: longer than {MAX_LINE:,} characters")
         if line.strip():
             yield f"{path}, line {number}", parse_json(path, line, number)
 
@@ -118,7 +124,7 @@ def texts_of(place: str, row: dict) -> tuple[str, str, str]:
     is_dialogue = names[0] not in row and "chosen" in row and "rejected" in row  # HH-RLHF
     if is_dialogue:
         names = ("chosen", "rejected")
-    for name in (*names, "input") if row.get("input") else names:
+    for name in (*names, "input") if row.get("input") is not None else names:
         if not isinstance(row.get(name), str):
             found = f"is {type(row[name]).__name__}, not text" if name in row else "is missing"
             raise InputError(f"{place}: the field {name!r} {found}; fields are {', '.join(row)}")

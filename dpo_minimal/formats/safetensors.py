@@ -15,7 +15,7 @@ import torch
 
 from dpo_minimal import InputError
 from dpo_minimal.extras import progress
-from dpo_minimal.files import whole_file
+from dpo_minimal.files import reading, unique_keys, whole_file
 
 DTYPES = {
     "F64": torch.float64,
@@ -40,47 +40,55 @@ class LazyTensor:
 
 
 def open_safetensors(path) -> dict[str, LazyTensor]:
-    """The tensors of a file by name, none of them read yet; InputError if the file is damaged."""
+    """The tensors of a file by name, none of them read yet; InputError if the file is damaged.
+
+    As the format asks, the tensors' bytes follow one another without a gap up to the file's end.
+    """
     header, start, size = read_header(path)
-    tensors = {}
+    header.pop("__metadata__", None)
+    tensors, spans = {}, []
     for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            dtype, shape, (first, last) = str(entry["dtype"]), entry["shape"], entry["data_offsets"]
-            negative = min(0, first, *shape) < 0
-        except (KeyError, TypeError, ValueError):
-            raise damaged_header(path) from None
-        if negative:
-            raise damaged_header(path)
-        if dtype not in DTYPES:
-            raise InputError(f"{path}: {name} has dtype {dtype}, which cannot be read here")
-        if last - first != math.prod(shape) * DTYPES[dtype].itemsize or start + last > size:
-            raise InputError(f"{path}: cut off or damaged at {name}: copy the file again")
-        read = partial(read_tensor, path, DTYPES[dtype], tuple(shape), start + first)
-        tensors[name] = LazyTensor(tuple(shape), DTYPES[dtype], read)
+        dtype, shape, first, last = read_entry(path, name, entry)
+        spans.append((first, last))
+        read = partial(read_tensor, path, dtype, shape, start + first)
+        tensors[name] = LazyTensor(shape, dtype, read)
+    at = start
+    for first, last in sorted(spans):
+        if start + first != at:
+            raise InputError(f"{path}: damaged: its tensors overlap, or leave gaps")
+        at = start + last
+    if at != size:
+        raise InputError(f"{path}: cut off or damaged at its end: copy the file again")
     return tensors
+
+
+def read_entry(path, name: str, entry) -> tuple[torch.dtype, tuple[int, ...], int, int]:
+    """(dtype, shape, first byte, byte after the last) of a header's entry, else InputError."""
+    try:
+        dtype, shape, (first, last) = str(entry["dtype"]), entry["shape"], entry["data_offsets"]
+        right = all(type(n) is int and n >= 0 for n in (first, last, *shape))
+    except (KeyError, TypeError, ValueError):
+        right = False
+    if not right:
+        raise InputError(f"{path}: not a whole safetensors file (its header is damaged at {name})")
+    if dtype not in DTYPES:
+        raise InputError(f"{path}: {name} has dtype {dtype}, which cannot be read here")
+    if last - first != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise InputError(f"{path}: damaged: {name} has another size than its shape says")
+    return DTYPES[dtype], tuple(shape), first, last
 
 
 def read_header(path) -> tuple[dict, int, int]:
     """(the JSON header, the place of the first tensor's first byte, the file's size in bytes)."""
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            start = 8 + int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(start - 8)) if start <= size else None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError:
-        raise damaged_header(path) from None
+    with reading(path, "a whole safetensors file"), open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        start = 8 + int.from_bytes(file.read(8), "little")
+        if start > size:
+            raise ValueError("its header is cut off")
+        header = json.loads(file.read(start - 8), object_pairs_hook=unique_keys)
     if not isinstance(header, dict):
-        raise damaged_header(path)
+        raise InputError(f"{path}: not a whole safetensors file (its header is damaged)")
     return header, start, size
-
-
-def damaged_header(path) -> InputError:
-    """What to raise if a file's beginning makes no sense."""
-    return InputError(f"{path}: not a whole safetensors file (its header is damaged)")
 
 
 def read_tensor(path, dtype: torch.dtype, shape, start: int) -> torch.Tensor:

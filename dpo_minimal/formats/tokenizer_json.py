@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dpo_minimal import InputError
-from dpo_minimal.files import read_json
+from dpo_minimal.files import read_json, reading
 
 
 class JsonTokenizer:
@@ -18,10 +18,9 @@ class JsonTokenizer:
             reason = "has only a tokenizer.json: pip install tokenizers to read it"
             raise InputError(f"{folder} {reason}") from None
         folder = Path(folder)
-        try:
-            self.model = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the package raises plain Exception
-            raise InputError(f"{folder / 'tokenizer.json'}: {error}") from None
+        path = folder / "tokenizer.json"
+        with reading(path, "a tokenizer"):
+            self.model = Tokenizer.from_file(str(path))
         # If a text spells <|im_end|>, that is text; special tokens are placed by us only.
         self.model.encode_special_tokens = True
         self.bos_id = self.special_id(folder, "bos_token")
@@ -34,7 +33,8 @@ class JsonTokenizer:
         if path.exists():
             token = read_json(path).get(name)
             text = token.get("content") if isinstance(token, dict) else token
-            number = self.model.token_to_id(text) if isinstance(text, str) else None
+            with reading(path, "settings"):  # half a surrogate pair is no text to look up
+                number = self.model.token_to_id(text) if isinstance(text, str) else None
         if number is None:
             raise InputError(f"{path}: no {name} that the tokenizer.json knows")
         return number
