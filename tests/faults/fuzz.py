@@ -14,8 +14,8 @@ a public entry, under the same handler of errors that the command lines have. Wh
   conversations), only the rest is asked. A changed byte of a weight is another weight: the formats
   have no check sums.
 - A TRACEBACK: any other exception, and the end of the process (a panic, an abort, a segfault).
-- A HANG: over 10 seconds of work, or no answer in 90. MEMORY: beyond twice the file's size and 64 MB more; a gzipped file
-  counts as what it may unpack to.
+- A HANG: over 10 seconds of work, or no answer in 90. MEMORY: beyond twice the file's size and
+  64 MB more; a gzipped file counts as what it may unpack to.
 
 Inputs run in a worker process, so that what kills it is seen and counted. Input 0 of each reader is
 the good one, which must be accepted. Exit status 1 if anything is not as it should be.

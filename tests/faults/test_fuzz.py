@@ -71,8 +71,8 @@ def test_what_another_language_panics_with_is_one_line_and_ctrl_c_is_not(tmp_pat
     class Panic(BaseException):
         """As the one of packages in Rust."""
 
-    with pytest.raises(InputError, match="^file: not a tokenizer that can be read .index out of"):
-        with reading("file", "a tokenizer"):
-            raise Panic("index out\nof bounds")
+    said = "^file: not a tokenizer that can be read .index out of bounds.$"
+    with pytest.raises(InputError, match=said), reading("file", "a tokenizer"):
+        raise Panic("index out\nof bounds")
     with pytest.raises(KeyboardInterrupt), reading("file", "a tokenizer"):
         raise KeyboardInterrupt
