@@ -76,7 +76,6 @@ def kl_estimate(model, reference, prompts, answers, device, batch_size=16) -> fl
 
 
 if __name__ == "__main__":
-    from dpo_minimal.extras.command_line import run_command
-    from dpo_minimal.extras.measure import main
+    from dpo_minimal.extras import command_line, measure
 
-    run_command(main)
+    command_line.run_command(measure.main)

@@ -17,7 +17,8 @@ import torch
 from dpo_minimal import InputError
 from dpo_minimal.batches import Order
 from dpo_minimal.extras import parallel, progress
-from dpo_minimal.files import read_sealed, reading, write_sealed
+from dpo_minimal.extras.reading import reading
+from dpo_minimal.files import read_sealed, write_sealed
 from dpo_minimal.log import Log
 
 
@@ -200,8 +201,7 @@ def save_and_stop(path: Path, model, optimizer, stage: Stage, reached):
 def load_state(path: Path, model, optimizer, tables):
     """Put a saved state back into the model, optimizer, tables and torch; returns what was reached.
 
-    InputError if it is damaged, or if its tables have other sizes: then the data are not those of
-    the interrupted run.
+    InputError if it is damaged, or if its tables have other sizes: then the data are others.
     """
     with reading(path, "a state of this run"):
         state = torch.load(io.BytesIO(read_sealed(path)), map_location="cpu", weights_only=True)

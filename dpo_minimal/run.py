@@ -3,7 +3,7 @@
 import argparse
 import os
 import platform
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,8 +12,9 @@ from dpo_minimal import InputError
 from dpo_minimal.extras import digest, lock, parallel, reuse, trackers
 from dpo_minimal.extras.compiled import check_compiler
 from dpo_minimal.extras.flags import check_flags, check_saved, make_parser
-from dpo_minimal.extras.presets import PRESETS
-from dpo_minimal.files import read_json, write_json
+from dpo_minimal.extras.presets import STAGE_FLAGS, preset_of, stage_settings
+from dpo_minimal.extras.reading import read_json
+from dpo_minimal.files import write_json
 from dpo_minimal.formats.chat import chosen_template, settle_template, write_template
 from dpo_minimal.loop import Settings
 
@@ -23,8 +24,6 @@ PRODUCTS = {"pretrain": "base", "sft": "sft", "dpo": "dpo", "evaluate": "merged"
 # With more pairs than this, skip the evaluation before step 0: a thousand pairs are held out then,
 # so it takes minutes, and its result is known.
 MANY = 50_000
-# Flags that say how a stage trains. Unlike the others, they mean nothing to another stage.
-STAGE_FLAGS = {field.name for field in fields(Settings)}
 
 
 def saved_flags(folder: Path, resume: bool, stage: str | None) -> dict:
@@ -192,15 +191,3 @@ def read_run(description: str) -> Run:
     if args.compile and args.stage != "evaluate":  # which trains nothing
         check_compiler(device)
     return Run(args, out, device, getattr(torch, dtype), stage_settings(args))
-
-
-def preset_of(args) -> tuple[dict, dict[str, Settings]]:
-    """(flags, each stage's settings) that hold unless flags say otherwise."""
-    return PRESETS[args.preset or ("usual" if args.data else "forum")]
-
-
-def stage_settings(args) -> dict[str, Settings]:
-    """Each stage's preset, with the flags that were given in place of its own values."""
-    given = {name: getattr(args, name, None) for name in STAGE_FLAGS}
-    given = {name: value for name, value in given.items() if value is not None}
-    return {stage: replace(preset, **given) for stage, preset in preset_of(args)[1].items()}

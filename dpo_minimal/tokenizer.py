@@ -10,7 +10,8 @@ from pathlib import Path
 import sentencepiece
 
 from dpo_minimal import InputError
-from dpo_minimal.files import reading, write_json
+from dpo_minimal.extras.reading import reading
+from dpo_minimal.files import write_json
 
 # Beside a tokenizer.model, so that transformers reads it as it reads Llama 2's.
 TOKENIZER_CONFIG = {

@@ -13,7 +13,8 @@ import world as w
 from drawing import BLUE, GREY, RED, main
 
 from benchmarks.record import read_log, run_script
-from dpo_minimal.files import read_json, write_json
+from dpo_minimal.extras.reading import read_json
+from dpo_minimal.files import write_json
 from tests.bugs import ZOO, apply
 
 STEPS = 40

@@ -23,8 +23,9 @@ from dpo_minimal.batches import packed_batch, packed_order, pair_batch, pair_ord
 from dpo_minimal.checkpoint import load_adapter, load_llama, save_llama
 from dpo_minimal.data import EncodedPair, encode_sft, load_splits
 from dpo_minimal.evaluate import kl_estimate
+from dpo_minimal.extras.reading import read_json
 from dpo_minimal.extras.report import judge_answers
-from dpo_minimal.files import read_json, write_json
+from dpo_minimal.files import write_json
 from dpo_minimal.generate import sample_answers
 from dpo_minimal.loop import Settings, Stage, train
 from dpo_minimal.lora import add_adapter, lora_layers

@@ -12,13 +12,13 @@ from dpo_minimal import InputError, reference
 from dpo_minimal.batches import pair_batch
 from dpo_minimal.checkpoint import load_adapter, load_llama, save_adapter
 from dpo_minimal.data import encode_pairs, load_splits
-from dpo_minimal.extras.presets import PRESETS
+from dpo_minimal.extras.flags import make_parser
+from dpo_minimal.extras.presets import PRESETS, stage_settings
 from dpo_minimal.extras.reuse import FIXED
 from dpo_minimal.files import read_sealed
 from dpo_minimal.formats.huggingface import parse_config
 from dpo_minimal.lora import adapter_names, add_adapter, lora_layers
 from dpo_minimal.loss import preference_logps
-from dpo_minimal.run import make_parser, stage_settings
 from dpo_minimal.tokenizer import load_tokenizer
 
 LN2 = 0.6931471805599453

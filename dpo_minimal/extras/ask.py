@@ -18,7 +18,7 @@ from dpo_minimal.data import encode_example
 from dpo_minimal.extras.command_line import real, refuse, temperature, whole, words
 from dpo_minimal.extras.flags import check_device, check_template
 from dpo_minimal.extras.preflight import check_fit
-from dpo_minimal.files import read_json
+from dpo_minimal.extras.reading import read_json
 from dpo_minimal.formats.chat import chosen_template
 from dpo_minimal.formats.conversations import Message
 from dpo_minimal.generate import generate

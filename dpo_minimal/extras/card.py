@@ -9,8 +9,9 @@ import re
 from pathlib import Path
 
 from dpo_minimal.data import format_prompt
+from dpo_minimal.extras.reading import read_json
 from dpo_minimal.extras.reuse import read_tables
-from dpo_minimal.files import read_json, whole_file
+from dpo_minimal.files import whole_file
 
 QUESTION = "Why is the sky blue?"
 TITLES = {

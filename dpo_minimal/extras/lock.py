@@ -4,7 +4,7 @@ import functools
 import os
 
 from dpo_minimal import InputError
-from dpo_minimal.files import read_json
+from dpo_minimal.extras.reading import read_json
 
 try:
     import fcntl

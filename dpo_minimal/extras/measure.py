@@ -19,7 +19,8 @@ from dpo_minimal.evaluate import one_epoch, preference_metrics
 from dpo_minimal.extras import passport, report
 from dpo_minimal.extras.command_line import real, refuse, temperature, whole
 from dpo_minimal.extras.flags import check_device
-from dpo_minimal.files import read_json, whole_file
+from dpo_minimal.extras.reading import read_json
+from dpo_minimal.files import whole_file
 from dpo_minimal.formats.chat import chosen_template
 from dpo_minimal.formats.layout import data_parts
 from dpo_minimal.generate import sample_answers

@@ -22,7 +22,7 @@ from dpo_minimal.checkpoint import load_adapter, load_llama
 from dpo_minimal.data import encode_pairs, load_pairs
 from dpo_minimal.evaluate import one_epoch
 from dpo_minimal.extras import digest, large
-from dpo_minimal.files import read_json
+from dpo_minimal.extras.reading import read_json
 from dpo_minimal.formats.chat import find_template
 from dpo_minimal.formats.safetensors import open_safetensors
 from dpo_minimal.lora import active_adapters

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from dpo_minimal import InputError
 from dpo_minimal.extras.command_line import refuse, whole
-from dpo_minimal.files import read_json, whole_file
+from dpo_minimal.extras.reading import read_json
+from dpo_minimal.files import whole_file
 
 # Okabe & Ito's colours, which colour-blind readers can tell apart, and grey.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#555555"]

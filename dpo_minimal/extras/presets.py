@@ -1,5 +1,7 @@
 """Settings by name: (the flags that hold for a whole run, how each stage trains)."""
 
+from dataclasses import fields, replace
+
 from dpo_minimal.loop import Settings
 
 # There an answer is one of 15, which is some 2.7 nats of choice, and the implicit reward at the
@@ -62,3 +64,17 @@ STACK_LLAMA_2 = (
     },
 )
 PRESETS = {"forum": FORUM, "usual": USUAL, "stack-llama-2": STACK_LLAMA_2}
+# Flags that say how a stage trains. Unlike the others, they mean nothing to another stage.
+STAGE_FLAGS = {field.name for field in fields(Settings)}
+
+
+def preset_of(args) -> tuple[dict, dict[str, Settings]]:
+    """(flags, each stage's settings) that hold unless flags say otherwise."""
+    return PRESETS[args.preset or ("usual" if args.data else "forum")]
+
+
+def stage_settings(args) -> dict[str, Settings]:
+    """Each stage's preset, with the flags that were given in place of its own values."""
+    given = {name: getattr(args, name, None) for name in STAGE_FLAGS}
+    given = {name: value for name, value in given.items() if value is not None}
+    return {stage: replace(preset, **given) for stage, preset in preset_of(args)[1].items()}

@@ -14,14 +14,8 @@ import torch
 
 from dpo_minimal import InputError
 from dpo_minimal.extras import digest, parallel
-from dpo_minimal.files import (
-    read_json,
-    read_sealed,
-    reading,
-    whole_file,
-    whole_folder,
-    write_sealed,
-)
+from dpo_minimal.extras.reading import read_json, reading
+from dpo_minimal.files import read_sealed, whole_file, whole_folder, write_sealed
 from dpo_minimal.reference import new_table
 
 # What base, SFT, the pairs and so the reference depend on.

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from dpo_minimal import InputError
 from dpo_minimal.extras.answers import FinishedRun
-from dpo_minimal.files import read_json, whole_folder, write_json
+from dpo_minimal.extras.reading import read_json
+from dpo_minimal.files import whole_folder, write_json
 
 GRADIO = "6.31.0"  # the release that the page was tested with
 PACKAGE = Path(__file__).parents[1]

@@ -15,7 +15,8 @@ from itertools import islice
 from pathlib import Path
 
 from dpo_minimal import InputError
-from dpo_minimal.files import read_json, whole_file, write_json
+from dpo_minimal.extras.reading import read_json
+from dpo_minimal.files import whole_file, write_json
 from dpo_minimal.formats.conversations import Message, as_messages
 from dpo_minimal.formats.jinja import compile_template
 from dpo_minimal.formats.layout import data_parts

@@ -3,7 +3,7 @@
 import csv
 
 from dpo_minimal import InputError
-from dpo_minimal.files import reading
+from dpo_minimal.extras.reading import reading
 
 LONGEST = 2**30  # characters of a field; the module's own limit is 131,072
 

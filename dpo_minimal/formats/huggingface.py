@@ -12,7 +12,8 @@ from torch import nn
 
 from dpo_minimal import InputError
 from dpo_minimal.extras import progress
-from dpo_minimal.files import read_json, whole_folder, write_json
+from dpo_minimal.extras.reading import read_json
+from dpo_minimal.files import whole_folder, write_json
 from dpo_minimal.formats.bounds import ROPE_BOUNDS, check_bounds
 from dpo_minimal.formats.meta import is_meta_folder, open_meta_folder
 from dpo_minimal.formats.pickled import open_bin

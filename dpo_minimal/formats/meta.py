@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from dpo_minimal import InputError
-from dpo_minimal.files import read_json
+from dpo_minimal.extras.reading import read_json
 from dpo_minimal.formats.bounds import ROPE_BOUNDS, check_bounds
 from dpo_minimal.formats.pickled import load_tensors
 from dpo_minimal.formats.safetensors import LazyTensor

@@ -1,7 +1,7 @@
 """Rows of a parquet file: the hub serves stack-exchange-paired in this form."""
 
 from dpo_minimal import InputError
-from dpo_minimal.files import reading
+from dpo_minimal.extras.reading import reading
 
 
 def read_parquet(path):

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from dpo_minimal import InputError
-from dpo_minimal.files import read_json, whole_folder, write_json
+from dpo_minimal.extras.reading import read_json
+from dpo_minimal.files import whole_folder, write_json
 from dpo_minimal.formats.bounds import ADAPTER_BOUNDS, check_bounds
 from dpo_minimal.formats.safetensors import open_safetensors, write_safetensors
 from dpo_minimal.llama import Llama

@@ -3,7 +3,7 @@
 import torch
 
 from dpo_minimal import InputError
-from dpo_minimal.files import reading
+from dpo_minimal.extras.reading import reading
 from dpo_minimal.formats.safetensors import LazyTensor
 
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from dpo_minimal import InputError
-from dpo_minimal.files import reading
+from dpo_minimal.extras.reading import reading
 from dpo_minimal.formats.conversations import (
     ASSISTANT,
     conversation_of,

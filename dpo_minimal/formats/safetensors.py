@@ -15,7 +15,8 @@ import torch
 
 from dpo_minimal import InputError
 from dpo_minimal.extras import progress
-from dpo_minimal.files import reading, unique_keys, whole_file
+from dpo_minimal.extras.reading import reading, unique_keys
+from dpo_minimal.files import whole_file
 
 DTYPES = {
     "F64": torch.float64,

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dpo_minimal import InputError
-from dpo_minimal.files import read_json
+from dpo_minimal.extras.reading import read_json
 
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 

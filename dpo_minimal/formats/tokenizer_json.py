@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dpo_minimal import InputError
-from dpo_minimal.files import read_json, reading
+from dpo_minimal.extras.reading import read_json, reading
 
 
 class JsonTokenizer:

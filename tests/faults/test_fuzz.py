@@ -11,7 +11,7 @@ import pytest
 import spec
 
 from dpo_minimal import InputError
-from dpo_minimal.files import reading
+from dpo_minimal.extras.reading import reading
 
 EACH, SEED = 8, 1
 

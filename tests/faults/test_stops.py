@@ -15,7 +15,8 @@ from test_train import assert_same_run, command, preference_rows, refuse, write_
 
 from dpo_minimal import InputError, loop
 from dpo_minimal.extras import preflight
-from dpo_minimal.files import read_json, read_sealed, write_sealed
+from dpo_minimal.extras.reading import read_json
+from dpo_minimal.files import read_sealed, write_sealed
 from dpo_minimal.formats.rows import read_rows
 from dpo_minimal.formats.tokenizer_json import JsonTokenizer
 from dpo_minimal.llama import LlamaConfig
