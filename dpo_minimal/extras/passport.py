@@ -247,12 +247,9 @@ def check_numbers(passport: Passport, adapter, merged, quantize, encoded, device
 def check(passport: Passport, adapter, merged, data, device, unquantized, log=print):
     """(rows, reasons): what was compared, and in words what is wrong with what did not pass."""
     texts, encoded = read_texts(passport, data, log), {}
-    max_length = passport.flags["max_length"]
-    for name, tokenizer in {
-        "base": open_tokenizer(passport.base, adapter),
-        "merged": open_tokenizer(merged),
-    }.items():
-        encoded[name] = encode_pairs(tokenizer, texts, max_length, "held-out pairs", log)
+    for name, folders in {"base": (passport.base, adapter), "merged": (merged,)}.items():
+        tokenizer, most = open_tokenizer(*folders), passport.flags["max_length"]
+        encoded[name] = encode_pairs(tokenizer, texts, most, "held-out pairs", log)
     rows, reasons = check_inputs(passport, adapter, merged, unquantized, texts, encoded)
     failed = {row.what for row in rows if not row.passed}
     quantize = None if unquantized else "nf4"
