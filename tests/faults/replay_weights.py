@@ -112,7 +112,7 @@ def asking():
 
     flags = ["--top-p 0", "--top-p -1", "--temperature nan", "--seed 1" + 20 * "0"]
     cases = [case(words.split()) for words in flags]
-    cases.append(case(["--temperature", "1e-45"], "runs"))
+    cases.append(case(["--temperature", "1e-45"]))
     cases.append(case(["--device", "cpu"], "runs"))
     return cases + [case(["--prompt", "\udcff"]), case(["--prompt", "Is it? " * 200])]
 
