@@ -32,7 +32,7 @@ def change_json(rng: random.Random, value, most=2):
             del inner[key]
         elif how < 0.3 and isinstance(old, dict):
             old[rng.choice(["unknown", "a b", "é", *old])] = rng.choice(VALUES)
-        elif how < 0.5 and type(old) in (int, float):
+        elif how < 0.5 and type(old) in (int, float) and -1e15 < old < 1e15:
             inner[key] = rng.choice([old + 1, old - 1, -old, old * 2, old / 2, str(old), old * 1e9])
         elif how < 0.6 and isinstance(inner, dict) and len(inner) > 1:
             inner[key] = copy.deepcopy(inner[rng.choice(list(inner))])
