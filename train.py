@@ -27,7 +27,7 @@ from dpo_minimal.loop import Stage, train
 from dpo_minimal.lora import active_adapters, add_adapter
 from dpo_minimal.loss import dpo_loss, preference_logps, reward_metrics, sft_loss
 from dpo_minimal.nf4 import keep_weights
-from dpo_minimal.reference import known_reference_logps, new_table
+from dpo_minimal.reference import known_reference_logps
 from dpo_minimal.run import Run, read_run
 from dpo_minimal.tokenizer import load_tokenizer, train_tokenizer
 
@@ -218,7 +218,8 @@ def evaluate(run: Run, model, tokenizer, texts, pairs):
 
     texts: PreferencePairs. pairs: EncodedPairs, those of the texts that fit.
     """
-    measure = evaluation_of(run, pairs, new_table(len(pairs)), run.settings["dpo"].batch_size)
+    table = reuse.known_tables(run, {"held-out": len(pairs)})["held-out"]
+    measure = evaluation_of(run, pairs, table, run.settings["dpo"].batch_size)
     with active_adapters(model, ["dpo"]):
         held_out = report.describe_pairs(run, texts, pairs, measure(model))
         card = report.write_results(run, model, tokenizer, texts, held_out, tell)

@@ -194,9 +194,9 @@ def test_without_gradio_it_says_so_before_a_model_is_loaded(runs, capsys, monkey
         (lambda run: (run / "config.json").write_text("{}"), "is not that of a run"),
         (
             lambda run: (run / "config.json").write_text(
-                '{"arguments": {"stage": 0, "beta": "1"}}'
+                '{"arguments": {"stage": null, "beta": "1"}}'
             ),
-            "beta is '1', not a number above 0",
+            "beta is '1', which is no value of that flag",
         ),
     ],
 )

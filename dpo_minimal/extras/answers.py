@@ -86,9 +86,8 @@ def find_run(folder, model=None) -> FinishedRun:
     flags = saved_flags(folder, resume=True, stage=None)
     if not flags:
         raise InputError(f"{folder}: there is no run with a config.json")
-    beta = flags.get("beta")
-    if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not beta > 0:
-        raise InputError(f"{folder / 'config.json'}: beta is {beta!r}, not a number above 0")
+    if "beta" not in flags:
+        raise InputError(f"{folder / 'config.json'} does not say beta: run train.py again")
     sft = not flags.get("no_sft")
     for stage in ["sft", "dpo"] if sft else ["dpo"]:
         if not (folder / stage).is_dir():
@@ -99,7 +98,7 @@ def find_run(folder, model=None) -> FinishedRun:
     quantize = None if flags.get("no_quantize") else "nf4"
     on_forum = flags.get("data") is None
     return FinishedRun(
-        folder, base, beta, quantize=quantize, sft=sft, on_forum=on_forum, flags=flags
+        folder, base, flags["beta"], quantize=quantize, sft=sft, on_forum=on_forum, flags=flags
     )
 
 
