@@ -343,7 +343,7 @@ def other_folders(tmp_path_factory, first_run, model_folder):
 def test_the_passport_of_a_run_passes(capsys, first_run):
     out, status, _ = evaluate(capsys, "--verify", first_run)
     assert status == 0 and "passed" in out and set(verdicts(out).values()) == {"ok"}
-    assert len(verdicts(out)) == 6 + 2 * 5
+    assert len(verdicts(out)) == 6 + 2 * 5 + 1
     # The tolerance of merged/ is not so wide that anything would do.
     held_out = json.loads((first_run / "eval.json").read_text())["held_out"]
     (line,) = [line for line in out.splitlines() if "merged rewards/margins" in line]
@@ -373,7 +373,7 @@ FAILS = {  # case: (flags, what is said, rows that fail, rows that pass)
     "merged": (
         ["--merged", "merged_unquantized"],
         "other weights than those that the run was evaluated with",
-        ["merged logps/chosen"],
+        ["merged logps/chosen", "merged from adapter, rms"],
         ["merged's tokens", "adapter loss"],
     ),
 }

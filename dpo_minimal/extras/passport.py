@@ -161,9 +161,10 @@ def read_texts(passport: Passport, data, log) -> list:
     return splits.evaluation
 
 
-def fits(model, pairs) -> bool:
-    """Whether the model has an embedding of every token of the pairs."""
-    return max(max(ids) for pair in pairs for ids in pair) < model.config.vocab_size
+def check_fit(folder, model, pairs):
+    """InputError unless the model has an embedding of every token of the pairs."""
+    if max(max(ids) for pair in pairs for ids in pair) >= model.config.vocab_size:
+        raise InputError(f"{folder}: the tokenizer has more tokens than the embedding")
 
 
 def read_adapter(passport: Passport, adapter, pairs, device, quantize):
@@ -174,8 +175,7 @@ def read_adapter(passport: Passport, adapter, pairs, device, quantize):
     if not passport.flags["no_sft"]:
         load_adapter(model, passport.run / "sft", "sft")
         reference = ["sft"]
-    if not fits(model, pairs):
-        raise InputError(f"{passport.base}: its tokenizer has more tokens than its embedding")
+    check_fit(passport.base, model, pairs)
     batches, logps = one_epoch(pairs, 4), []
     for names in (["dpo"], reference):
         with active_adapters(model, names):
@@ -186,8 +186,7 @@ def read_adapter(passport: Passport, adapter, pairs, device, quantize):
 def read_merged(passport: Passport, folder, pairs, device):
     """(policy, policy after another rounding) log-probabilities [n, 2], and the widest sum."""
     model = load_llama(folder, device, passport.dtype, quantize=None)
-    if not fits(model, pairs):
-        raise InputError(f"{folder}: the tokenizer has more tokens than the embedding")
+    check_fit(folder, model, pairs)
     batches = one_epoch(pairs, 4)
     policy = pair_logps(model, pairs, batches, device)
     round_again(model)
@@ -211,8 +210,8 @@ def check_inputs(passport: Passport, adapter, merged, unquantized, texts, encode
 
     stored = {True: "unquantized", False: "in 4 bits"}
     trained = stored[passport.flags["no_quantize"]]
-    reason = "other pairs than those that the run was evaluated on"
-    must_equal("pairs", held_out["texts_digest"], digest.of_pairs(texts), reason)
+    read, reason = digest.of_pairs(texts), "other pairs than those that the run was evaluated on"
+    must_equal("pairs", held_out["texts_digest"], read, reason)
     reason = f"wrong base: {passport.base} has other weights than the run's base"
     must_equal("base", held_out["base_digest"], digest.of_base(passport.base), reason)
     reason = f"the base is {stored[unquantized]}: the adapter was trained over it {trained}"
@@ -239,6 +238,10 @@ def check_numbers(passport: Passport, adapter, merged, quantize, encoded, device
     rows = compare("adapter", passport.held_out, values, narrow, NAMES)
     if "merged's tokens" in failed:
         return rows
+    if not failed:  # answer by answer, which is sharper than means
+        apart, again = (from_merged - policy), (moved - from_merged)
+        rms, bound = (float(d.square().mean().sqrt()) for d in (apart, again))
+        rows.append(Row("merged from adapter, rms", 0.0, rms, TIMES * bound))
     # The rewards of merged/ need a reference, and so the right base.
     names = NAMES[:2] if failed & {"base", "base is"} else NAMES
     return rows + compare("merged", passport.held_out, of_merged, bounds, names)
@@ -276,7 +279,7 @@ def compare(kind: str, held_out: dict, values: dict, bounds: dict, names) -> lis
 
 def format_rows(rows) -> str:
     """The passport as a table."""
-    lines = ["| what | run | read back | tolerance | verdict |", "|---|---|---|---|---|"]
+    lines = ["| what | run | read back | tolerance | verdict |\n|---|---|---|---|---|"]
     for row in rows:
         cells = [row.what, row.run, row.read, "equal"]
         if row.tolerance is not None:
@@ -291,9 +294,7 @@ def verify(args, device):
     adapter, merged = args.adapter or passport.run / "dpo", args.merged or passport.run / "merged"
     unquantized = args.no_quantize or passport.flags["no_quantize"]
     rows, reasons = check(passport, adapter, merged, args.data, device, unquantized)
-    print(format_rows(rows))
-    for reason in reasons:
-        print(f"FAIL      {reason}")
+    print("\n".join([format_rows(rows), *(f"FAIL      {reason}" for reason in reasons)]))
     if reasons:
         raise SystemExit(1)
     print(f"passed    {passport.run}: what is read back is what the run measured")
