@@ -27,19 +27,9 @@ NAMES = {
 }
 # Keys of params.json; the first three are about the width of the MLP, which the weights tell.
 KNOWN = {
-    "ffn_dim_multiplier",
-    "multiple_of",
-    "max_batch_size",
-    "dim",
-    "max_seq_len",
-    "n_heads",
-    "n_kv_heads",
-    "n_layers",
-    "norm_eps",
-    "rope_scaling_factor",
-    "rope_theta",
-    "use_scaled_rope",
-}
+    "ffn_dim_multiplier", "multiple_of", "max_batch_size", "dim", "max_seq_len", "n_heads",
+    "n_kv_heads", "n_layers", "norm_eps", "rope_scaling_factor", "rope_theta", "use_scaled_rope",
+}  # fmt: skip
 # 13B and 70B come in several files. These weights are cut by column, others by row, norms not.
 SPLIT_BY_COLUMN = ("attention.wo", "feed_forward.w2")
 

@@ -30,25 +30,11 @@ PLAIN_LORA = {
 # Ways to begin the training that leave the base weights as they are, and settings without effect.
 BEGINNINGS = (True, "gaussian", "eva", "orthogonal")
 NO_EFFECT = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "ensure_weight_tying",
-    "eva_config",
-    "exclude_modules",
-    "inference_mode",
-    "layers_pattern",
-    "layers_to_transform",
-    "lora_alpha",
-    "lora_dropout",
-    "megatron_config",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",
-    "r",
-    "revision",
-    "target_modules",
-    "task_type",
-}
+    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha",
+    "lora_dropout", "megatron_config", "megatron_core", "peft_version", "qalora_group_size", "r",
+    "revision", "target_modules", "task_type",
+}  # fmt: skip
 
 
 def save_adapter(model: Llama, names: list[str], folder, base_name: str = "", add=None):

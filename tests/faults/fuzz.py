@@ -111,6 +111,7 @@ def real_commands(good: Path, count: int, seed: int):
         with tempfile.TemporaryDirectory() as folder:
             script = [str(ROOT / "train.py")] if is_train else ["-m", "dpo_minimal.generate"]
             words += [f"--out={folder}/run"] if is_train and "out" not in given else []
+            words += ["--stage=sft"] if is_train and "stage" not in given else []  # the shortest
             words += ["--max-steps=1"] if is_train else ["--max-new-tokens=2"]
             words = [sys.executable, *script, *(os.fsencode(w) for w in words)]
             environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
