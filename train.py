@@ -214,10 +214,7 @@ def evaluation_of(run: Run, pairs, ref_table, batch_size: int):
 
 
 def evaluate(run: Run, model, tokenizer, texts, pairs):
-    """Measure DPO on held-out pairs, compare it with base and SFT; merged/ is written last.
-
-    texts: PreferencePairs. pairs: EncodedPairs, those of the texts that fit.
-    """
+    """Measure DPO on held-out pairs (texts, and in tokens those that fit); merged/ comes last."""
     table = reuse.known_tables(run, {"held-out": len(pairs)})["held-out"]
     measure = evaluation_of(run, pairs, table, run.settings["dpo"].batch_size)
     with active_adapters(model, ["dpo"]):
