@@ -83,26 +83,26 @@ class ChatTemplate:
         is no end-of-turn token.
         """
         messages = as_messages(prompt)
-        encoded = [self.encode(messages, True)]
-        for answer in answers:
-            scored = self.behind(encoded[0], messages, answer)
-            if scored is None:
-                scored = self.behind(encoded[0], messages, answer.lstrip())
-            if scored is None:
-                begins = answer[:40]
-                raise InputError(
-                    "the chat template's prompt is not how its conversations begin, or the "
-                    f"tokenizer merges it with what follows, as in {begins!r}"
-                )
-            encoded.append(scored)
-        return tuple(encoded)
+        begin = self.encode(messages, True)
+        return begin, *(self.encode_answer(begin, messages, text) for text in answers)
 
-    def behind(self, prompt: list[int], messages, answer: str) -> list[int] | None:
+    def encode_answer(self, begin: list[int], messages, text: str) -> list[int]:
+        """The ids of an answer behind `begin`, those of the prompt; see encode_example."""
+        for said in (text, text.lstrip()):
+            scored = self.behind(begin, messages, said)
+            if scored is not None:
+                return scored
+        raise InputError(
+            "the chat template's prompt is not how its conversations begin, or the tokenizer "
+            f"merges it with what follows, as in {text[:40]!r}"
+        )
+
+    def behind(self, begin: list[int], messages, text: str) -> list[int] | None:
         """The ids of an answer behind the prompt's, or None if the joint ids begin otherwise."""
-        joint = self.encode((*messages, Message("assistant", answer)), False)
-        if joint[: len(prompt)] != prompt:
+        joint = self.encode((*messages, Message("assistant", text)), False)
+        if joint[: len(begin)] != begin:
             return None
-        scored = joint[len(prompt) :]
+        scored = joint[len(begin) :]
         end = next((i for i, token in enumerate(scored) if token in self.special_ids), 0)
         if end == 0:
             raise InputError(
