@@ -304,13 +304,28 @@ def test_a_run_in_the_blogs_text_leaves_no_other_template(tmp_path, chat_model, 
     assert [path.name for path in merged.glob("*.jinja")] == ["chat_template.jinja"]
 
 
+def test_other_tools_are_told_where_a_turn_ends(tmp_path, tokenizer_file):
+    """An end of turn that is not the base's EOS goes into generation_config.json, beside it."""
+    folder = chat_folder(tmp_path / "model", tokenizer_file)
+    (folder / "config.json").write_text('{"eos_token_id": 2}')
+    write_template(folder, SIMPLE)  # its turns end in </s>, which is token 2: nothing to say
+    assert not (folder / "generation_config.json").exists()
+    ends = SIMPLE.replace("</s>\n", "<s>")  # token 1
+    for before, after in (({}, [2, 1]), ({"eos_token_id": [5], "top_p": 0.9}, [5, 1])):
+        (folder / "generation_config.json").write_text(json.dumps(before))
+        for _ in range(2):
+            write_template(folder, ends)
+            said = json.loads((folder / "generation_config.json").read_text())
+            assert said == before | {"eos_token_id": after}
+
+
 def test_a_changed_template_is_no_longer_the_same_run(tmp_path, chat_run, chat_model, data, capsys):
     saved = json.loads((chat_run / "config.json").read_text())["arguments"]
     args = argparse.Namespace(**saved)
     chat.settle_template(args)  # as it was
     args.model = tmp_path / "model"
     shutil.copytree(chat_model, args.model)
-    write_template(args.model, SIMPLE + " ")
+    (args.model / "chat_template.jinja").write_text(SIMPLE + " ")
     with pytest.raises(InputError, match="not the one that the earlier run was tuned in"):
         chat.settle_template(args)
     flags = ["--model", chat_model, "--data", data, *STEPS, "--out", tmp_path / "new"]

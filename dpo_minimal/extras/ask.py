@@ -18,7 +18,7 @@ from dpo_minimal.data import encode_example
 from dpo_minimal.extras.command_line import real, refuse, temperature, whole, words
 from dpo_minimal.extras.flags import check_device, check_template
 from dpo_minimal.extras.preflight import check_fit
-from dpo_minimal.extras.reading import read_json
+from dpo_minimal.extras.reading import read_json, reading
 from dpo_minimal.formats.chat import chosen_template
 from dpo_minimal.formats.conversations import Message
 from dpo_minimal.generate import generate
@@ -65,7 +65,9 @@ def main():
     """The command line."""
     args = make_parser().parse_args()
     check(args)
-    questions = read_questions(args)
+    questions = read_questions(args.prompts) if args.prompts else []
+    if args.prompt is not None:
+        questions = [args.prompt]
     tokenizer = load_tokenizer(args.model, chosen_template(args, args.adapter, args.model))
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
@@ -87,30 +89,20 @@ def main():
         converse(answer, remember=tokenizer.template is not None)
 
 
-def read_questions(args) -> list[str]:
-    """The questions of --prompt or --prompts, [] without them."""
-    if args.prompt is not None:
-        return [args.prompt]
-    if not args.prompts:
-        return []
-    try:
-        lines = Path(args.prompts).read_text("utf-8").splitlines()
-    except OSError as error:
-        raise InputError(f"{args.prompts}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{args.prompts}: not a text in UTF-8 ({error})") from None
+def read_questions(path) -> list[str]:
+    """The questions of a file, one per line; InputError if it has none."""
+    with reading(path, "a text in UTF-8"):
+        lines = Path(path).read_text("utf-8").splitlines()
     questions = [line.strip() for line in lines if line.strip()]
     if not questions:
-        raise InputError(f"{args.prompts}: no question in this file")
+        raise InputError(f"{path}: no question in this file")
     return questions
 
 
 def check_room(model, tokenizer, prompt):
     """InputError for a prompt that leaves no room for an answer."""
-    tokens, context = (
-        len(encode_example(tokenizer, prompt)[0]),
-        model.config.max_position_embeddings,
-    )
+    tokens = len(encode_example(tokenizer, prompt)[0])
+    context = model.config.max_position_embeddings
     if tokens >= context:
         begins = prompt[-1].content[:40]
         raise InputError(

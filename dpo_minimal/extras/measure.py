@@ -17,6 +17,7 @@ from dpo_minimal.checkpoint import load_adapter, load_llama
 from dpo_minimal.data import encode_pairs, load_pairs
 from dpo_minimal.evaluate import one_epoch, preference_metrics
 from dpo_minimal.extras import passport, report
+from dpo_minimal.extras.ask import read_questions
 from dpo_minimal.extras.command_line import real, refuse, temperature, whole
 from dpo_minimal.extras.flags import check_device
 from dpo_minimal.extras.reading import read_json
@@ -147,13 +148,7 @@ def rewards_of(args, policy, ref) -> str:
 
 def answer_prompts(args, model, variants: dict, tokenizer) -> str:
     """Every variant's answer to each line of a file, as Markdown."""
-    try:
-        lines = Path(args.prompts).read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--prompts {args.prompts}: cannot be read ({error})") from None
-    questions, answers = [line.strip() for line in lines if line.strip()], {}
-    if not questions:
-        raise InputError(f"--prompts {args.prompts}: no line with a question")
+    questions, answers = read_questions(args.prompts), {}
     sampling = dict(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
     for label, names in variants.items():
         print(f"answer    {label}, {len(questions)} questions", flush=True)

@@ -23,6 +23,7 @@ from dpo_minimal.formats.layout import data_parts
 from dpo_minimal.formats.rendered import rendered_encoder, special_tokens
 from dpo_minimal.formats.rows import data_files, pair_of, read_rows
 from dpo_minimal.formats.tokenizer_config import named_tokens, read_template, template_in
+from dpo_minimal.tokenizer import load_tokenizer
 
 # The blog's text for tools that speak templates; its BOS is ours, its EOS ends the answer.
 QA_JINJA = """\
@@ -189,3 +190,16 @@ def write_template(folder, template: str | None):
     for other in folder.glob("*.jinja"):
         if other.name != "chat_template.jinja":
             other.unlink()
+    if template is not None and (folder / "config.json").exists():
+        write_end(folder, load_tokenizer(folder, template).eos_id)
+
+
+def write_end(folder: Path, end_id: int):
+    """Let generation_config.json say that the template's end of turn ends an answer."""
+    path = folder / "generation_config.json"
+    settings = read_json(path) if path.exists() else {}
+    known = settings.get("eos_token_id", read_json(folder / "config.json").get("eos_token_id"))
+    if isinstance(known, int):
+        known = [known]
+    if end_id not in (known or []):
+        write_json(path, settings | {"eos_token_id": [*(known or []), end_id]})
