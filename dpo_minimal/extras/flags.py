@@ -94,8 +94,11 @@ def check_saved(saved: dict, path):
     """InputError for a flag in a run's config.json that the command line would not have taken."""
     actions = {action.dest: action for action in make_parser("")._actions}
     for name, value in saved.items():
-        known = name in actions and would_take(actions[name], value)
-        if not known and name != "template_digest":  # which is compared, and was no flag
+        if name == "template_digest":  # no flag, but kept among them to be compared
+            right = isinstance(value, str)
+        else:
+            right = name in actions and would_take(actions[name], value)
+        if not right:
             raise InputError(f"{path}: {name} is {value!r}, which is no value of that flag")
 
 

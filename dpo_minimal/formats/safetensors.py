@@ -86,7 +86,7 @@ def read_header(path) -> tuple[dict, int, int]:
         start = 8 + int.from_bytes(file.read(8), "little")
         if start > size:
             raise ValueError("its header is cut off")
-        header = json.loads(file.read(start - 8), object_pairs_hook=unique_keys)
+        header = json.loads(file.read(start - 8).decode(), object_pairs_hook=unique_keys)
     if not isinstance(header, dict):
         raise InputError(f"{path}: not a whole safetensors file (its header is damaged)")
     return header, start, size

@@ -209,6 +209,7 @@ def saved_run(rng, folder, good, bad):
         spec.need(saved.get("data") is None or saved.get("model") is not None)
         gone = dict.fromkeys(("out", "resume", "stage"))
         kept = {k: v for k, v in (whole["arguments"] | saved).items() if k not in gone}
+        kept["template"] = kept["template"] or whole["arguments"]["template"]  # found out again
         # A flag that the file no longer says has its usual value again.
         return kept if saved.keys() == whole["arguments"].keys() else EITHER
 
@@ -217,7 +218,9 @@ def saved_run(rng, folder, good, bad):
 
 def check_saved(flag: str, value, before):
     """Refuse a saved value that is not one of the flag's."""
-    if flag in TRAIN and value is not None:
+    if flag in ("template", "template-digest"):  # compared with what the run would take now
+        spec.need(value == before or (value is None and flag == "template"))
+    elif flag in TRAIN and value is not None:
         right = TRAIN[flag]
         spec.need(type(value) in (int, float, str))
         spec.need(parsed({flag: right}, {flag: str(value)})[flag] == value, flag)
