@@ -70,6 +70,7 @@ TRAIN = {
     "seed": whole(0, 2**63 - 1),
     "max-length": whole(1),
     "lora-r": whole(1, 2**14),
+    "template": one_of("qa"),  # the model here has no chat template
 }
 SWITCHES = [
     "resume",
@@ -83,13 +84,15 @@ GENERATE = {
     "adapter": text,
     "prompt": text,
     "device": one_of("cpu"),
+    "dtype": one_of("float32", "bfloat16"),
+    "template": one_of("qa"),
     "max-new-tokens": whole(1),
     "temperature": number(lambda x: x == 0 or 0.001 <= x <= 1000),
     "top-p": number(lambda x: 0 < x <= 1),
     "seed": whole(0, 2**63 - 1),
 }
 GOOD = {"device": "cpu", "stage": "sft", "preset": "usual", "loss": "ipo", "target-modules": "all"}
-GOOD |= {"dtype": "float32", "label-smoothing": "0.1"}
+GOOD |= {"dtype": "float32", "template": "qa", "label-smoothing": "0.1"}
 
 
 def draw(rng, table: dict, given: dict, bad: bool) -> dict:
