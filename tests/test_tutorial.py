@@ -77,11 +77,19 @@ def wrong_numbers(text):
     return wrong
 
 
+OF_RUNS = {"figures/demo.png": "dpo_minimal.demo", "figures/plots-two.png": "dpo_minimal.plot"}
+
+
 def wrong_figures(text):
-    """Figures that are missing, or were not drawn from the JSON file of their name."""
+    """Figures that are missing, or were not drawn from the JSON file of their name.
+
+    A picture of a run has no such file; the text must name the command that makes it.
+    """
     wrong = []
     for figure in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text):
         path = ROOT / figure
+        if path.is_file() and OF_RUNS.get(figure, "nothing of that") in text:
+            continue
         data = ROOT / "figures" / "results" / f"{path.stem}.json"
         if not path.is_file() or not data.is_file():
             wrong.append(figure)

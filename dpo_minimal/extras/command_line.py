@@ -6,6 +6,7 @@ import os
 import sys
 
 from dpo_minimal import InputError
+from dpo_minimal.extras import quiet
 
 
 def whole(low: int, high: int = 2**20):
@@ -64,6 +65,7 @@ def refuse(message: str):
 
 def run_command(main):
     """Run a command line: bad input or a system's refusal is one line and exit status 2."""
+    quiet.loaded()
     try:
         main()
     except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough

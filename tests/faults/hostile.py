@@ -61,7 +61,7 @@ def json_bytes(rng: random.Random, value) -> bytes:
     if how == 6:
         return rng.choice([b"", b"[]", b"null", b"3", b'"x"', b"{}", b"\xff\xfe", b"\0" * 100])
     if how == 7:
-        return text.encode("utf-16")
+        return text.encode("utf-16", "surrogatepass")
     return data
 
 

@@ -54,10 +54,11 @@ def said(text):
 def rows_of_text():
     messages = [{"chosen": said(f"Yes {n}."), "rejected": said("No.")} for n in range(24)]
     place = "line 2"
-    cases = [rows_case(4, "messages without a prompt: they are trained on", messages, None)]
+    text = ["--template", "qa"]  # the model here has no chat template
+    cases = [rows_case(4, "messages without a prompt: they are trained on", messages, None, text)]
     for wrong in (None, 3, [], [3], [{"role": "user"}], [{"role": "user", "content": None}]):
         rows = [messages[0], {"chosen": wrong, "rejected": said("No.")}, *messages]
-        cases.append(rows_case(4, f"messages: chosen is {json.dumps(wrong)}", rows, place))
+        cases.append(rows_case(4, f"messages: chosen is {json.dumps(wrong)}", rows, place, text))
     odd = [GOOD_ROW, {"instruction": "Sum up.", "input": {"a": 1}, "chosen": "b", "rejected": "c"}]
     few = [GOOD_ROW | {"prompt": f"Is it {n}?"} for n in range(17)]
     cases.append(rows_case(14, '"input": {"a": 1}', odd, place))
