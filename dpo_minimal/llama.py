@@ -185,7 +185,7 @@ class Llama(nn.Module):
         )
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for name, parameter in self.named_parameters():
-            if "norm" not in name and not parameter.is_meta:  # without data there is nothing to do
+            if "norm" not in name:
                 nn.init.normal_(parameter, std=config.initializer_range)
         self.tie()
 

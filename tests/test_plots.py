@@ -90,6 +90,7 @@ def test_a_last_line_that_is_still_being_written_is_no_damage(tmp_path):
     ["{", "7", '{"stage": "dpo", "loss": 1}', '{"stage": "dpo", "step": 1, "loss": "low"}'],
 )
 def test_a_damaged_row_is_refused_by_its_number(tmp_path, damage):
+    pytest.importorskip("matplotlib", reason="pip install matplotlib")
     run = make_run(tmp_path / "run")
     rows = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(f"{rows}{damage}\n{rows}")

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from dpo_minimal.extras import progress
+from dpo_minimal.extras.skeleton import skeleton
 from dpo_minimal.formats.huggingface import open_weights, read_config
 from dpo_minimal.formats.meta import is_meta_folder, open_meta_folder
-from dpo_minimal.llama import Llama
 
 
 def of_files(*places) -> str:
@@ -45,8 +45,7 @@ def of_base(folder) -> str:
     folder = Path(folder)
     config, digest = read_config(folder), hashlib.sha256()
     weights = open_meta_folder(folder)[1] if is_meta_folder(folder) else open_weights(folder)
-    with torch.device("meta"):
-        names = {name for name, _ in Llama(config).named_parameters()}
+    names = {name for name, _ in skeleton(config).named_parameters()}
     if config.tie_word_embeddings:
         names -= {"lm_head.weight"}  # some files have a copy of it, others do not
     for done, name in enumerate(sorted(names)):

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dpo_minimal.llama import Llama, LlamaConfig
+from dpo_minimal.extras.skeleton import skeleton
+from dpo_minimal.llama import LlamaConfig
 from dpo_minimal.lora import linear_layers
 from dpo_minimal.loss import CHUNK
 
@@ -37,8 +38,7 @@ class Step:
 
 def predict_training(config: LlamaConfig, step: Step) -> dict[str, int]:
     """Bytes of what a step adds to the model and its adapters, by part."""
-    with torch.device("meta"):
-        layers = linear_layers(Llama(config))
+    layers = linear_layers(skeleton(config))
     adapted = [layer for name, layer in layers.items() if step.is_target(name)]
     trained = sum(step.r * (layer.in_features + layer.out_features) for layer in adapted)
     sizes = [layer.weight.numel() for layer in layers.values()]

@@ -5,7 +5,8 @@ import torch
 from dpo_minimal import InputError
 from dpo_minimal.extras.machine import memory_now, peak_memory_gb
 from dpo_minimal.extras.memory import Step, predict_peak, predict_training
-from dpo_minimal.llama import Llama, LlamaConfig
+from dpo_minimal.extras.skeleton import skeleton
+from dpo_minimal.llama import LlamaConfig
 from dpo_minimal.loop import count_steps, steps_per_epoch
 from dpo_minimal.lora import add_adapter
 
@@ -16,7 +17,7 @@ FEW = 32  # examples, or steps per epoch: with fewer, there is little to learn f
 def check_targets(config: LlamaConfig, args):
     """InputError for an unknown --target-modules, before any work is done."""
     with torch.device("meta"):
-        add_adapter(Llama(config), "trial", targets=args.target_modules)
+        add_adapter(skeleton(config), "trial", targets=args.target_modules)
 
 
 def check_model(run, model, tokenizer, log=print):
@@ -58,8 +59,7 @@ def tell_plan(run, model, stage, examples, settings, log=print):
     epochs = f"{steps / epoch:.3g} epochs, about {tokens:,.0f} tokens"
     log(f"          {steps:,} steps of {size} {unit}: {epochs}")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    with torch.device("meta"):
-        base = sum(p.numel() for p in Llama(model.config).parameters())
+    base = sum(p.numel() for p in skeleton(model.config).parameters())
     log(f"          trains {trained:,} weights; the model has {base:,}")
     if stage.name != "pretrain":
         longest = max(sum(map(len, e)) for e in known)

@@ -21,6 +21,6 @@ def loaded():
 
 
 # Not where a test or a notebook imports a command, nor where Ctrl-C is ignored, as under nohup.
-if Path(sys.argv[0]).stem in COMMANDS:
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, stop)
+is_command = Path(sys.argv[0]).stem in COMMANDS
+if is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, stop)

@@ -13,6 +13,7 @@ from torch import nn
 from dpo_minimal import InputError
 from dpo_minimal.extras import progress
 from dpo_minimal.extras.reading import read_json
+from dpo_minimal.extras.skeleton import skeleton
 from dpo_minimal.files import whole_folder, write_json
 from dpo_minimal.formats.bounds import ROPE_BOUNDS, check_bounds
 from dpo_minimal.formats.meta import is_meta_folder, open_meta_folder
@@ -162,8 +163,7 @@ def load_llama(folder, device="cpu", dtype=torch.float32, quantize: str | None =
         _, weights = open_meta_folder(folder)
     else:
         weights = open_weights(folder)
-    with torch.device("meta"):
-        model = Llama(config)
+    model = skeleton(config)
     check_tensors(folder, model, weights)
     modules = list(model.named_modules())
     for done, (path, module) in enumerate(modules):
@@ -215,8 +215,7 @@ def save_llama(
     The model is left as it is, because one layer at a time is merged. tokenizer_from: a folder
     whose tokenizer and generation settings are copied along. add(folder): puts more files there.
     """
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in Llama(model.config).named_parameters()}
+    shapes = {name: p.shape for name, p in skeleton(model.config).named_parameters()}
     layers = linear_layers(model)
 
     def read(name):
