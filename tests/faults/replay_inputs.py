@@ -47,12 +47,13 @@ def rows_case(row: int, name: str, rows, says: str | None = "", flags=()):
     return Case(row, name, try_it)
 
 
-def said(text):
-    return [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": text}]
+def said(text, question="Is it?"):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
 
 
 def rows_of_text():
-    messages = [{"chosen": said(f"Yes {n}."), "rejected": said("No.")} for n in range(24)]
+    questions = [f"Is it {n}?" for n in range(24)]
+    messages = [{"chosen": said("Yes.", q), "rejected": said("No.", q)} for q in questions]
     place = "line 2"
     text = ["--template", "qa"]  # the model here has no chat template
     cases = [rows_case(4, "messages without a prompt: they are trained on", messages, None, text)]
