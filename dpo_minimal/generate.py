@@ -71,15 +71,21 @@ def sample_steps(model, rows, max_new_tokens: int, eos_id: int, temperature, top
         hidden = model.hidden(tokens, positions, seen[:, None, None, :], cache)[:, -1]  # [B, D]
 
 
-def sample_answers(
-    model, tokenizer, prompts, max_new_tokens, temperature=1.0, top_p=1.0, seed=None
-) -> list[list[int]]:
-    """Token ids of an answer to each question, 64 questions at a time. The model's mode is kept."""
+def seeded(seed: int | None) -> torch.Generator:
+    """A random generator; None: another one each time."""
     generator = torch.Generator()
     if seed is None:
         generator.seed()
     else:
         generator.manual_seed(seed)
+    return generator
+
+
+def sample_answers(
+    model, tokenizer, prompts, max_new_tokens, temperature=1.0, top_p=1.0, seed=None
+) -> list[list[int]]:
+    """Token ids of an answer to each question, 64 questions at a time. The model's mode is kept."""
+    generator = seeded(seed)
     rows = [encode_example(tokenizer, prompt)[0] for prompt in prompts]
     training = model.training
     model.eval()

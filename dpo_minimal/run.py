@@ -12,6 +12,7 @@ from dpo_minimal import InputError
 from dpo_minimal.extras import digest, lock, parallel, reuse, trackers
 from dpo_minimal.extras.compiled import check_compiler
 from dpo_minimal.extras.flags import check_flags, check_saved, make_parser
+from dpo_minimal.extras.machine import device_and_dtype
 from dpo_minimal.extras.presets import STAGE_FLAGS, preset_of, stage_settings
 from dpo_minimal.extras.reading import read_json
 from dpo_minimal.files import write_json
@@ -184,10 +185,9 @@ def read_run(description: str) -> Run:
     check_folder(out, args)
     settle_template(args)
     trackers.check_installed(args.track)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    device, dtype = device_and_dtype(args.device, args.dtype)
     # After the checks, or the other processes would take what the first one writes for an old run.
     device = parallel.start(device)
     if args.compile and args.stage != "evaluate":  # which trains nothing
         check_compiler(device)
-    return Run(args, out, device, getattr(torch, dtype), stage_settings(args))
+    return Run(args, out, device, dtype, stage_settings(args))

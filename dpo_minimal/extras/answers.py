@@ -15,7 +15,7 @@ from dpo_minimal.data import encode_example
 from dpo_minimal.extras.report import variants
 from dpo_minimal.formats.chat import find_template
 from dpo_minimal.formats.rows import read_rows
-from dpo_minimal.generate import sample_steps
+from dpo_minimal.generate import sample_steps, seeded
 from dpo_minimal.llama import Llama
 from dpo_minimal.lora import active_adapters
 from dpo_minimal.loss import sequence_logps
@@ -172,11 +172,6 @@ def encode_question(trio: Trio, question: str) -> list[int]:
 
 def start(trio: Trio, prompt: list[int], sampling: Sampling):
     """The steps of an answer, under whatever adapters are active when each is taken."""
-    generator = torch.Generator()
-    if sampling.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(sampling.seed)
     return sample_steps(
         trio.model,
         [prompt],
@@ -184,7 +179,7 @@ def start(trio: Trio, prompt: list[int], sampling: Sampling):
         eos_id=trio.tokenizer.eos_id,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
-        generator=generator,
+        generator=seeded(sampling.seed),
     )
 
 

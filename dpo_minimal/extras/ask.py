@@ -10,13 +10,12 @@ question.
 import argparse
 from pathlib import Path
 
-import torch
-
 from dpo_minimal import InputError
 from dpo_minimal.checkpoint import load_adapter, load_llama
 from dpo_minimal.data import encode_example
 from dpo_minimal.extras.command_line import real, refuse, temperature, whole, words
 from dpo_minimal.extras.flags import check_device, check_template
+from dpo_minimal.extras.machine import device_and_dtype
 from dpo_minimal.extras.preflight import check_fit
 from dpo_minimal.extras.reading import read_json, reading
 from dpo_minimal.formats.chat import chosen_template
@@ -69,11 +68,10 @@ def main():
     if args.prompt is not None:
         questions = [args.prompt]
     tokenizer = load_tokenizer(args.model, chosen_template(args, args.adapter, args.model))
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    device, dtype = device_and_dtype(args.device, args.dtype)
     # An adapter belongs on the 4-bit base that it was trained over; a merged folder has none.
     quantize = "nf4" if args.adapter and not args.no_quantize else None
-    model = load_llama(args.model, device, getattr(torch, dtype), quantize)
+    model = load_llama(args.model, device, dtype, quantize)
     if args.adapter:
         load_adapter(model, args.adapter, "adapter")
     check_fit(args.model, tokenizer, model.config, 0)

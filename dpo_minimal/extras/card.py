@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from dpo_minimal.data import format_prompt
+from dpo_minimal.extras.plots import read_rows
 from dpo_minimal.extras.reading import read_json
 from dpo_minimal.extras.reuse import read_tables
 from dpo_minimal.files import whole_file
@@ -81,8 +82,7 @@ def training_pairs(out: Path) -> int | None:
 
 def steps_of(out: Path, stage: str) -> str:
     """What metrics.jsonl says of a stage's steps."""
-    lines = (out / "metrics.jsonl").read_text("utf-8").splitlines()
-    rows = [row for row in map(json.loads, lines) if row["stage"] == stage and "loss" in row]
+    rows = [row for row in read_rows(out) if row["stage"] == stage and "loss" in row]
     if not rows:
         return "not trained in this run"
     rate, last = max(row["learning_rate"] for row in rows), rows[-1]

@@ -60,7 +60,7 @@ def words(text: str) -> str:
 
 def refuse(message: str):
     """For a parser's `error`: raise an InputError instead of printing the usage."""
-    raise InputError(" ".join(message.split()))
+    raise InputError(message)
 
 
 def run_command(main):

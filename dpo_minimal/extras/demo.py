@@ -6,11 +6,10 @@ python -m dpo_minimal.demo RUN --space DIR      the same as a folder for a Huggi
 
 import argparse
 
-import torch
-
 from dpo_minimal.extras import answers, page, space
 from dpo_minimal.extras.command_line import refuse, whole
 from dpo_minimal.extras.flags import check_device
+from dpo_minimal.extras.machine import device_and_dtype
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -47,9 +46,7 @@ def serve(folder, model=None, *, host: str, port: int, device=None, dtype=None):
     gradio = page.import_gradio()
     run = answers.find_run(folder, model)
     check_device(device)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-    trio = answers.open_run(run, device, getattr(torch, dtype))
+    trio = answers.open_run(run, *device_and_dtype(device, dtype))
     blocks = page.build(gradio, trio)
     page.launch(gradio, blocks, host, port)
     print(f"The page is at {blocks.local_url} (Ctrl-C ends it)", flush=True)

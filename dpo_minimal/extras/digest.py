@@ -9,7 +9,6 @@ import torch
 from dpo_minimal.extras import progress
 from dpo_minimal.extras.skeleton import skeleton
 from dpo_minimal.formats.huggingface import open_weights, read_config
-from dpo_minimal.formats.meta import is_meta_folder, open_meta_folder
 
 
 def of_files(*places) -> str:
@@ -44,7 +43,7 @@ def of_base(folder) -> str:
     """
     folder = Path(folder)
     config, digest = read_config(folder), hashlib.sha256()
-    weights = open_meta_folder(folder)[1] if is_meta_folder(folder) else open_weights(folder)
+    weights = open_weights(folder)
     names = {name for name, _ in skeleton(config).named_parameters()}
     if config.tie_word_embeddings:
         names -= {"lm_head.weight"}  # some files have a copy of it, others do not

@@ -37,3 +37,10 @@ def field(path: str, name: str) -> int:
     """A field of one of Linux's files, which count in KiB, in bytes."""
     lines = Path(path).read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def device_and_dtype(device: str | None, dtype: str | None) -> tuple[str, torch.dtype]:
+    """What --device and --dtype mean: a GPU if there is one, bfloat16 on it and else float32."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    return device, getattr(torch, dtype)

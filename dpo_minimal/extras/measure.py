@@ -10,8 +10,6 @@ it is the run's sft/. For a model without an adapter it may be another model, se
 import argparse
 from pathlib import Path
 
-import torch
-
 from dpo_minimal import InputError
 from dpo_minimal.checkpoint import load_adapter, load_llama
 from dpo_minimal.data import encode_pairs, load_pairs
@@ -20,6 +18,7 @@ from dpo_minimal.extras import passport, report
 from dpo_minimal.extras.ask import read_questions
 from dpo_minimal.extras.command_line import real, refuse, temperature, whole
 from dpo_minimal.extras.flags import check_device
+from dpo_minimal.extras.machine import device_and_dtype
 from dpo_minimal.extras.reading import read_json
 from dpo_minimal.files import whole_file
 from dpo_minimal.formats.chat import chosen_template
@@ -162,7 +161,7 @@ def main():
     """The command line."""
     args = make_parser().parse_args()
     check_device(args.device)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device, dtype = device_and_dtype(args.device, args.dtype)
     if args.verify:
         passport.verify(args, device)
         return
@@ -171,7 +170,6 @@ def main():
     fill_in(args)
     if args.label_smoothing and args.loss != "sigmoid":
         raise InputError(f"--label-smoothing goes with --loss sigmoid, not {args.loss}")
-    dtype = getattr(torch, args.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
     tokenizer = load_tokenizer(args.model, chosen_template(args, args.adapter, args.model))
     model, variants = open_models(args, device, dtype)
     if args.data:

@@ -44,3 +44,8 @@ def read_json(path) -> dict:
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object")
     return value
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line: its class if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dpo_minimal import InputError
 from dpo_minimal.extras.answers import FinishedRun
-from dpo_minimal.extras.reading import read_json
+from dpo_minimal.extras.reading import first_line, read_json
 from dpo_minimal.files import whole_folder, write_json
 
 GRADIO = "6.31.0"  # the release that the page was tested with
@@ -119,5 +119,5 @@ def base_folder(model) -> Path:
     try:
         return Path(snapshot_download(str(model), allow_patterns=wanted))
     except Exception as error:  # no such name, no permission, no network: each has its own class
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"app.py: MODEL = {model!r} is not to be had: {reason[0]}") from None
+        reason = first_line(error)
+        raise InputError(f"app.py: MODEL = {model!r} is not to be had: {reason}") from None

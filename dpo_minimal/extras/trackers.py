@@ -22,6 +22,7 @@ from io import FileIO
 from pathlib import Path
 
 from dpo_minimal import InputError
+from dpo_minimal.extras.reading import first_line
 
 
 class WandB:
@@ -182,11 +183,6 @@ def attempt(action, *arguments):
         active.clear()
         text = f"warning   --track {kind} failed, and the run goes on without it"
         print(f"{text} ({first_line(error)})", flush=True)
-
-
-def first_line(error: Exception) -> str:
-    """An error in one line."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def send_lines(path: Path):

@@ -134,14 +134,16 @@ def chosen_template(args, *folders) -> str | None:
         return None
     if args.chat_template:
         return read_template(args.chat_template)
-    found = [find_template(folder) for folder in folders]
+    if args.template is None:
+        return find_template(*folders)
+    found = map(find_template, folders)
     known = next((template for template in found if template is not None), None)
-    if args.template == "chat" and known is None:
+    if known is None:
         tried = " and ".join(str(folder) for folder in folders if folder)
         raise InputError(
             f"no chat template in {tried}: give --chat-template FILE, or --template qa"
         )
-    return known if args.template == "chat" else find_template(*folders)
+    return known
 
 
 def settle_template(args):

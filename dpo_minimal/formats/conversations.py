@@ -124,7 +124,7 @@ def as_messages(prompt) -> tuple[Message, ...]:
     """A prompt as messages. A text is the user's, or, in HH-RLHF's form, a dialogue."""
     if not isinstance(prompt, str):
         return tuple(prompt)
-    if f"{ASSISTANT}" not in prompt or HUMAN not in prompt:
+    if ASSISTANT not in prompt or HUMAN not in prompt:
         return (Message("user", prompt),)
     turns, role, rest = [], "user", prompt
     while rest is not None:

@@ -126,6 +126,8 @@ def config_json(config: LlamaConfig, dtype: torch.dtype, source=None) -> dict:
 
 def open_weights(folder: Path) -> dict[str, LazyTensor]:
     """The tensors of a folder by name, from whichever of the four usual files it has."""
+    if is_meta_folder(folder):
+        return open_meta_folder(folder)[1]
     readers = {"model.safetensors": open_safetensors, "pytorch_model.bin": open_bin}
     for single, reader in readers.items():
         index = folder / f"{single}.index.json"
@@ -159,10 +161,7 @@ def load_llama(folder, device="cpu", dtype=torch.float32, quantize: str | None =
     or misshapen.
     """
     folder, config = Path(folder), read_config(folder)
-    if is_meta_folder(folder):
-        _, weights = open_meta_folder(folder)
-    else:
-        weights = open_weights(folder)
+    weights = open_weights(folder)
     model = skeleton(config)
     check_tensors(folder, model, weights)
     modules = list(model.named_modules())

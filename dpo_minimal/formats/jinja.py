@@ -9,6 +9,7 @@ import json
 from datetime import datetime
 
 from dpo_minimal import InputError
+from dpo_minimal.extras.reading import first_line
 
 
 def compile_template(source: str):
@@ -40,8 +41,7 @@ def compile_template(source: str):
         try:
             return template.render(**given, add_generation_prompt=add_generation_prompt)
         except Exception as error:  # it is a program: it may fail in any way
-            first = str(error).strip().splitlines() or [type(error).__name__]
-            raise InputError(f"the chat template refuses: {first[0]}") from None
+            raise InputError(f"the chat template refuses: {first_line(error)}") from None
 
     return render
 

@@ -138,15 +138,16 @@ def check_paths(folder: Path, config: dict, model: Llama, paths):
     Names that no layer has are allowed, as in PEFT. A pattern in place of a list of names is not
     followed, and layers may be left out where the config says so: then the weights tell which.
     """
+    layers = linear_layers(model)
     for path in paths:
-        if path not in linear_layers(model):
+        if path not in layers:
             raise InputError(f"{folder}: {path} is no linear layer of this model")
     targets = config.get("target_modules") or "all-linear"
     if isinstance(targets, str) and targets != "all-linear":
         return
     if not isinstance(targets, str | list) or not all(isinstance(name, str) for name in targets):
         raise InputError(f"{folder}: target_modules is {targets!r}, and not a list of names")
-    wanted = list(linear_layers(model)) if targets == "all-linear" else named_layers(model, targets)
+    wanted = list(layers) if targets == "all-linear" else named_layers(model, targets)
     for path in paths:
         if path not in wanted:
             raise InputError(

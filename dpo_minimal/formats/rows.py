@@ -12,6 +12,7 @@ from dpo_minimal.formats.conversations import (
     conversation_of,
     in_context,
     is_conversation,
+    pack_prompt,
 )
 from dpo_minimal.formats.csv import read_csv
 from dpo_minimal.formats.parquet import read_parquet
@@ -108,7 +109,7 @@ def pair_of(place: str, row: dict) -> tuple:
         prompt, *answers = texts_of(place, row)
         pair = in_context(place, row, prompt), *answers
     try:
-        json.dumps(pair, ensure_ascii=False).encode()
+        "".join((pack_prompt(pair[0]), *pair[1:])).encode()
     except UnicodeEncodeError as error:  # JSON may hold half a surrogate pair, which is no text
         raise InputError(f"{place}: not valid Unicode ({error.reason})") from None
     return pair

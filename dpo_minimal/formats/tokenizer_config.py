@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dpo_minimal import InputError
-from dpo_minimal.extras.reading import read_json
+from dpo_minimal.extras.reading import read_json, reading
 
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
@@ -22,7 +22,8 @@ def spelling(token) -> str | None:
 
 def named_tokens(folder) -> dict[str, str]:
     """{"bos_token": "<s>", ...}: the special tokens that templates call by these names."""
-    found = {name: spelling(read_settings(folder).get(name)) for name in NAMES}
+    settings = read_settings(folder)
+    found = {name: spelling(settings.get(name)) for name in NAMES}
     return {name: text for name, text in found.items() if text is not None}
 
 
@@ -58,12 +59,8 @@ def template_in(folder) -> str | None:
 
 def read_template(path) -> str:
     """The text of a template file."""
-    try:
+    with reading(path, "a text in UTF-8"):
         return Path(path).read_text("utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not a text in UTF-8 ({error})") from None
 
 
 def spaces_every_piece(folder) -> bool:
