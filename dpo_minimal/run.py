@@ -11,7 +11,7 @@ import torch
 from dpo_minimal import InputError
 from dpo_minimal.extras import digest, lock, parallel, reuse, trackers
 from dpo_minimal.extras.compiled import check_compiler
-from dpo_minimal.extras.flags import check_flags, check_saved, make_parser
+from dpo_minimal.extras.flags import check_flags, check_saved, make_parser, with_defaults
 from dpo_minimal.extras.machine import device_and_dtype
 from dpo_minimal.extras.presets import STAGE_FLAGS, preset_of, stage_settings
 from dpo_minimal.extras.reading import read_json
@@ -38,7 +38,7 @@ def saved_flags(folder: Path, resume: bool, stage: str | None) -> dict:
     left_out = {"stage", "resume", "out", "track"}
     if not resume and saved["stage"] not in (None, stage):
         left_out |= STAGE_FLAGS
-    return {name: value for name, value in saved.items() if name not in left_out}
+    return {name: value for name, value in with_defaults(saved).items() if name not in left_out}
 
 
 def stages_of(args) -> list[str]:
@@ -176,7 +176,7 @@ def read_run(description: str) -> Run:
             raise InputError(f"--reuse {args.reuse}: there is no run with a config.json")
     parser.set_defaults(**(preset_of(args)[0] | saved))
     args = parser.parse_args()
-    changed = [name for name in fixed if saved.get(name) != getattr(args, name)]
+    changed = [name for name in fixed if saved.get(name) != getattr(args, name, None)]
     if changed:
         flag = changed[0].replace("_", "-")
         how = f"--resume {out}" if args.resume else f"--reuse {args.reuse}"

@@ -167,6 +167,22 @@ def test_what_sft_depends_on_cannot_change(tmp_path, first_run, capsys, data):
     assert not (tmp_path / "again").exists()
 
 
+def test_flags_that_an_older_version_did_not_have_are_its_defaults(tmp_path, first_run, capsys):
+    shutil.copytree(first_run, tmp_path / "old")
+    path = tmp_path / "old" / "config.json"
+    record = json.loads(path.read_text())
+    for name in ("template", "template_digest", "chat_template", "no_sft", "sft_adapter", "reuse"):
+        del record["arguments"][name]
+    path.write_text(json.dumps(record))
+    again = ["--reuse", tmp_path / "old", "--out", tmp_path / "again"]
+    err = refuse(capsys, *again, "--no-sft")
+    assert "--no-sft was False there, and cannot change" in err
+    assert "--template was qa there" in refuse(capsys, *again, "--template", "chat")
+    command(*again, "--template", "qa", "--stage", "dpo")
+    weights = "dpo/adapter_model.safetensors"
+    assert (first_run / weights).read_bytes() == (tmp_path / "again" / weights).read_bytes()
+
+
 def test_changed_data_are_noticed(tmp_path, model_folder, capsys):
     rows, path = preference_rows(), tmp_path / "pairs.jsonl"
     write_rows(path, rows)

@@ -102,6 +102,12 @@ def check_saved(saved: dict, path):
             raise InputError(f"{path}: {name} is {value!r}, which is no value of that flag")
 
 
+def with_defaults(saved: dict) -> dict:
+    """A run's flags, and what those that its version did not have yet stood for then."""
+    switches = (action for action in make_parser("")._actions if action.const is True)
+    return {action.dest: False for action in switches} | {"template": "qa"} | saved
+
+
 def would_take(action: argparse.Action, value) -> bool:
     """Whether the command line could have given a flag this value."""
     if value is None:
