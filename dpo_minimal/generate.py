@@ -8,6 +8,8 @@ import torch
 from dpo_minimal.batches import pad
 from dpo_minimal.data import encode_example
 from dpo_minimal.extras import progress
+from dpo_minimal.extras.cache import Cache
+from dpo_minimal.extras.sampling import ready_to_sample
 
 
 def choose(logits, temperature: float, top_p: float, generator):
@@ -32,8 +34,7 @@ def sample(
 ) -> list[list[int]]:
     """Continue token rows; each continuation ends in its EOS or after max_new_tokens."""
     answers = [[] for _ in rows]
-    steps = sample_steps(model, rows, max_new_tokens, eos_id, temperature, top_p, generator)
-    for grown in steps:
+    for grown in sample_steps(model, rows, max_new_tokens, eos_id, temperature, top_p, generator):
         answers = grown
     return answers
 
@@ -43,29 +44,35 @@ def sample_steps(model, rows, max_new_tokens: int, eos_id: int, temperature, top
     """`sample` token by token: yields the answers so far, lists that grow, after each one.
 
     The rows are padded on the right and read once. Then each call computes one token per row from
-    the cached keys and values, at the row's own position, with the pads masked out.
+    the cached keys and values, at the row's own position, with the pads masked out. A row that has
+    ended is left out, but random numbers are drawn for it, so that no row depends on another's end.
     """
     device = model.lm_head.weight.device
-    cache = [{} for _ in range(model.config.num_hidden_layers)]
+    cache = [Cache() for _ in range(model.config.num_hidden_layers)]
     lengths = torch.tensor([len(row) for row in rows], device=device)  # [B]
     tokens = pad(rows, 0, torch.int64, device)  # [B, T]
     seen = torch.arange(tokens.shape[1], device=device) < lengths[:, None]  # [B, T]
     hidden = model.hidden(tokens, cache=cache)  # [B, T, D]
     hidden = hidden[torch.arange(len(rows), device=device), lengths - 1]  # [B, D]
-    answers = [[] for _ in rows]
-    unfinished = set(range(len(rows)))
+    answers, going = [[] for _ in rows], list(range(len(rows)))
     room = model.config.max_position_embeddings - tokens.shape[1]
     for step in range(min(max_new_tokens, room)):
         progress.show(f"sampling {len(rows)} answers", step, max_new_tokens, "tokens at most")
-        logits = model.lm_head(hidden).float().cpu()  # [B, V]
-        chosen = choose(logits, temperature, top_p, generator)  # [B]
-        for i in unfinished:
-            answers[i].append(int(chosen[i]))
-        unfinished = {i for i in unfinished if answers[i][-1] != eos_id}
+        logits = torch.zeros(len(rows), model.config.vocab_size)  # [B, V]
+        logits[going] = model.lm_head(hidden).float().cpu()
+        chosen = choose(logits, temperature, top_p, generator)[going]  # [rows going on]
+        for i, token in zip(going, chosen.tolist(), strict=True):
+            answers[i].append(token)
         yield answers
-        if not unfinished:
+        on = [at for at, i in enumerate(going) if answers[i][-1] != eos_id]
+        if not on:
             break
-        seen = torch.cat((seen, seen.new_ones(len(rows), 1)), dim=1)  # [B, T + step + 1]
+        if len(on) < len(going):
+            going, chosen = [going[at] for at in on], chosen[on]
+            lengths, seen = lengths[on], seen[on]
+            for layer in cache:
+                layer.keep(on)
+        seen = torch.cat((seen, seen.new_ones(len(going), 1)), dim=1)  # [B, T + step + 1]
         positions = (lengths + step)[:, None]  # [B, 1]
         tokens = chosen[:, None].to(device)  # [B, 1]
         hidden = model.hidden(tokens, positions, seen[:, None, None, :], cache)[:, -1]  # [B, D]
@@ -89,17 +96,12 @@ def sample_answers(
     rows = [encode_example(tokenizer, prompt)[0] for prompt in prompts]
     training = model.training
     model.eval()
+    sampling = dict(temperature=temperature, top_p=top_p, generator=generator)
     answers = []
-    for at in range(0, len(rows), 64):
-        answers += sample(
-            model,
-            rows[at : at + 64],
-            max_new_tokens,
-            eos_id=tokenizer.eos_id,
-            temperature=temperature,
-            top_p=top_p,
-            generator=generator,
-        )
+    with ready_to_sample(model):
+        for at in range(0, len(rows), 64):
+            part = rows[at : at + 64]
+            answers += sample(model, part, max_new_tokens, tokenizer.eos_id, **sampling)
     model.train(training)
     return answers
 

@@ -122,19 +122,20 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, G, T, K]
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, G, T, K]
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None:  # one dict per layer; the keys and values of earlier tokens go first
-            if cache:
-                assert T == 1 or mask is not None, "several new tokens need a mask over the cache"
-                k, v = torch.cat((cache["k"], k), dim=2), torch.cat((cache["v"], v), dim=2)
-            cache["k"], cache["v"] = k, v
-        k = k.repeat_interleave(self.group_size, dim=1)  # [B, H, S, K]
-        v = v.repeat_interleave(self.group_size, dim=1)  # [B, H, S, K]
-        causal = mask is None and T > 1  # a single new token may see all that is cached
         # On a CPU the 16-bit kernel's backward takes up to four times as long as the 32-bit one's.
         dtype = at_least_float32(x) if x.device.type == "cpu" else x.dtype
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).to(x.dtype)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # [B, T, D]
+        if cache is not None:
+            k, v = cache.extend(k, v)  # [B, G, S, K]: those of earlier tokens go first
+            assert mask is not None or T in (1, k.shape[2]), "several new tokens need a mask"
+        # A CPU's kernel shares k and v itself; but in training its sums would round differently.
+        shared = cache is not None and x.device.type == "cpu"
+        if not shared:
+            k = k.repeat_interleave(self.group_size, dim=1)  # [B, H, S, K]
+            v = v.repeat_interleave(self.group_size, dim=1)  # [B, H, S, K]
+        causal = mask is None and T > 1  # a single new token may see all that is cached
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=shared)
+        return self.o_proj(y.to(x.dtype).transpose(1, 2).reshape(B, T, -1))  # [B, T, D]
 
 
 class SwiGLU(nn.Module):
@@ -198,9 +199,9 @@ class Llama(nn.Module):
         """The final normalized hidden states, [B, T, D], for tokens int64 [B, T].
 
         positions: int64 [B, T] or [1, T], by default 0, 1, 2, ... mask: bool [B, 1, T, S], True
-        where a query may attend to a key, by default causal. cache: `num_hidden_layers` dicts,
-        empty at first, that keep keys and values for further calls; those need a mask unless they
-        bring one token per row.
+        where a query may attend to a key, by default causal. cache: one `extras.cache.Cache` per
+        layer, which keeps keys and values for further calls; those need a mask unless they bring
+        one token per row.
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # [1, T]

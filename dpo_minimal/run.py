@@ -59,7 +59,8 @@ def check_folder(out: Path, args):
         return
     for stage in stages[: stages.index(args.stage)]:
         if not (out / PRODUCTS[stage]).exists() and not args.reuse:
-            raise InputError(f"{out} has no {PRODUCTS[stage]}/ yet: run --stage {stage} first")
+            first = f"run --stage {stage} first (or give --model, or --reuse a run)"
+            raise InputError(f"{out} has no {PRODUCTS[stage]}/ yet: {first}")
     if (out / PRODUCTS[args.stage]).exists() and not args.resume:
         raise InputError(f"{out / PRODUCTS[args.stage]} is there already: give --out a new folder")
 

@@ -409,9 +409,7 @@ def key_value_heads_in_the_wrong_order(self, x, cos, sin, mask=None, cache=None)
     q, k, v = (p(x).view(B, T, -1, self.head_dim).transpose(1, 2) for p in projections)
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     if cache is not None:
-        if cache:
-            k, v = torch.cat((cache["k"], k), dim=2), torch.cat((cache["v"], v), dim=2)
-        cache["k"], cache["v"] = k, v
+        k, v = cache.extend(k, v)
     k = k.repeat(1, self.group_size, 1, 1)  # heads 0 1 0 1, not 0 0 1 1
     v = v.repeat(1, self.group_size, 1, 1)
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1)

@@ -8,6 +8,7 @@ import torch
 from helpers import SHAPE, fill_adapter, quantize_model, random_tokens, tiny_llama
 
 from dpo_minimal import InputError, nf4
+from dpo_minimal.extras.cache import Cache
 from dpo_minimal.formats.huggingface import parse_config
 from dpo_minimal.llama import (
     Attention,
@@ -317,7 +318,7 @@ def test_right_padding_changes_nothing():
 
 def test_the_key_value_cache_gives_the_logits_of_a_full_forward():
     model, tokens = tiny_llama(), random_tokens(2, 8)
-    cache = [{} for _ in model.model.layers]
+    cache = [Cache() for _ in model.model.layers]
     steps = [model(tokens[:, :3], cache=cache)]  # a prompt, then one token per call
     for t in range(3, 8):
         steps.append(model(tokens[:, t : t + 1], torch.tensor([[t]]), cache=cache))

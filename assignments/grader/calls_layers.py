@@ -35,6 +35,19 @@ def stand_in_rotate(x, cos, sin):
     return x * torch.cat((cos, cos), dim=-1).to(x.dtype) + torch.cat((sin, sin), dim=-1).to(x.dtype)
 
 
+class JoinedCache:
+    """What `extras.cache.Cache` does, without its room to grow; the package is the student's."""
+
+    def __init__(self):
+        self.joined = None
+
+    def extend(self, k, v):
+        """All keys and values, the new ones last."""
+        new = torch.stack((k, v))  # [2, B, G, T, K]
+        self.joined = new if self.joined is None else torch.cat((self.joined, new), dim=3)
+        return self.joined[0], self.joined[1]
+
+
 def attention(x, wq, wk, wv, wo, heads, cos, sin, mask=None, split=0, dtype="float32", g=None):
     """split: this many tokens are read at once, then the others one by one with the cache."""
     llama = module("llama")
@@ -47,7 +60,8 @@ def attention(x, wq, wk, wv, wo, heads, cos, sin, mask=None, split=0, dtype="flo
     x, cos, sin = tensor(x, dtype, grad=True), tensor(cos, dtype), tensor(sin, dtype)
     mask = None if mask is None else torch.tensor(mask)
     if split:
-        cache, parts = {}, [slice(0, split), *(slice(t, t + 1) for t in range(split, x.shape[1]))]
+        parts = [slice(0, split), *(slice(t, t + 1) for t in range(split, x.shape[1]))]
+        cache = JoinedCache()
         y = [layer(x[:, p], cos[:, :, p], sin[:, :, p], None, cache) for p in parts]
         return {"y": torch.cat(y, dim=1)}
     y = layer(x, cos, sin, mask)

@@ -231,9 +231,10 @@ ATTENTION = Problem(
     holes=("Attention.forward",),
     text="""Project x to queries (H heads), keys and values (G heads); turn queries and keys with
 `rotate` (graded separately); softmax(q k^T / sqrt(K)) over the past and the token itself, or over
-`mask` where one is given; head h uses key/value head h // (H / G). `cache`, if not None, is a dict.
-If it has "k" and "v", these earlier keys and values come first. Store the joined ones in it. Write
-the softmax yourself: `scaled_dot_product_attention` is refused.""",
+`mask` where one is given; head h uses key/value head h // (H / G). `cache`, if not None, keeps the
+keys and values of earlier tokens: `cache.extend(k, v)` adds the new ones, [B, G, T, K] each, and
+returns all, [B, G, S, K] each. Write the softmax yourself: `scaled_dot_product_attention` is
+refused.""",
     checks=(
         Check(
             *("shape", 1, "attention", attention_inputs(2, 4, 6, (4, 2, 4)), expect_attention),

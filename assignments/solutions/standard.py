@@ -38,9 +38,7 @@ def attention(self, x, cos, sin, mask=None, cache=None):
     v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     if cache is not None:
-        if cache:
-            k, v = torch.cat((cache["k"], k), dim=2), torch.cat((cache["v"], v), dim=2)
-        cache["k"], cache["v"] = k, v
+        k, v = cache.extend(k, v)
     k = k.repeat_interleave(self.group_size, dim=1)  # [B, H, T, K]
     v = v.repeat_interleave(self.group_size, dim=1)
     scores = q @ k.transpose(2, 3) / self.head_dim**0.5  # [B, H, T, all]

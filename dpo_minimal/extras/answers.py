@@ -13,6 +13,7 @@ from dpo_minimal.batches import answer_rows
 from dpo_minimal.checkpoint import load_adapter, load_llama
 from dpo_minimal.data import encode_example
 from dpo_minimal.extras.report import variants
+from dpo_minimal.extras.sampling import ready_to_sample
 from dpo_minimal.formats.chat import find_template
 from dpo_minimal.formats.rows import read_rows
 from dpo_minimal.generate import sample_steps, seeded
@@ -145,18 +146,19 @@ def ask(trio: Trio, question: str, sampling: Sampling):
     steps = {name: start(trio, prompt, sampling) for name in trio.variants}
     ids = {name: [] for name in steps}
     answers = {name: Answer() for name in steps}
-    while steps:
-        for name in list(steps):
-            with active_adapters(trio.model, trio.variants[name]):
-                grown = next(steps[name], None)
-            if grown is not None:
-                ids[name] = grown[0]
-                text = trio.tokenizer.decode(ids[name]).strip()
-                answers[name] = Answer(text, len(ids[name]))
-            else:
-                del steps[name]
-                answers[name] = rewarded(trio, question, prompt, ids[name])
-        yield dict(answers)
+    with ready_to_sample(trio.model):
+        while steps:
+            for name in list(steps):
+                with active_adapters(trio.model, trio.variants[name]):
+                    grown = next(steps[name], None)
+                if grown is not None:
+                    ids[name] = grown[0]
+                    text = trio.tokenizer.decode(ids[name]).strip()
+                    answers[name] = Answer(text, len(ids[name]))
+                else:
+                    del steps[name]
+                    answers[name] = rewarded(trio, question, prompt, ids[name])
+            yield dict(answers)
 
 
 def encode_question(trio: Trio, question: str) -> list[int]:

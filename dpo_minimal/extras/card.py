@@ -33,7 +33,9 @@ LOAD_4_BITS = """four_bits = BitsAndBytesConfig(
     bnb_4bit_use_double_quant=True,
     bnb_4bit_compute_dtype=torch.{dtype},
 )
-model = AutoModelForCausalLM.from_pretrained("{base}", quantization_config=four_bits)
+model = AutoModelForCausalLM.from_pretrained(
+    "{base}", quantization_config=four_bits, dtype=torch.{dtype}
+)
 """
 BY_TEXT = """prompt = {prompt}
 ids = [tokenizer.bos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]

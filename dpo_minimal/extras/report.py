@@ -7,6 +7,7 @@ from dpo_minimal import forum
 from dpo_minimal.data import encode_example
 from dpo_minimal.evaluate import kl_estimate
 from dpo_minimal.extras import card, digest, plots, trackers
+from dpo_minimal.extras.sampling import ready_to_sample
 from dpo_minimal.files import whole_file, write_json
 from dpo_minimal.formats.conversations import spoken
 from dpo_minimal.generate import sample_answers
@@ -71,7 +72,7 @@ def compare(model, tokenizer, questions, device, max_new_tokens, seed, judged, l
         log(f"warning   a question has {longest} tokens: its answers end at the context, {context}")
     for name, adapters in variants(model).items():
         log(f"evaluate  {name} answers {len(questions)} held-out questions")
-        with active_adapters(model, adapters):
+        with ready_to_sample(model), active_adapters(model, adapters):
             ids = sample_answers(model, tokenizer, questions, max_new_tokens, seed=seed)
             first = sample_answers(model, tokenizer, questions[:8], max_new_tokens, temperature=0)
             kl = kl_estimate(model, reference, prompts, ids, device)
