@@ -55,9 +55,9 @@ def sample_steps(model, rows, max_new_tokens: int, eos_id: int, temperature, top
     hidden = model.hidden(tokens, cache=cache)  # [B, T, D]
     hidden = hidden[torch.arange(len(rows), device=device), lengths - 1]  # [B, D]
     answers, going = [[] for _ in rows], list(range(len(rows)))
-    room = model.config.max_position_embeddings - tokens.shape[1]
-    for step in range(min(max_new_tokens, room)):
-        progress.show(f"sampling {len(rows)} answers", step, max_new_tokens, "tokens at most")
+    most = min(max_new_tokens, model.config.max_position_embeddings - tokens.shape[1])
+    for step in range(most):
+        progress.show(f"sampling {len(rows)} answers", step, most, "tokens at most")
         logits = torch.zeros(len(rows), model.config.vocab_size)  # [B, V]
         logits[going] = model.lm_head(hidden).float().cpu()
         chosen = choose(logits, temperature, top_p, generator)[going]  # [rows going on]
@@ -65,7 +65,7 @@ def sample_steps(model, rows, max_new_tokens: int, eos_id: int, temperature, top
             answers[i].append(token)
         yield answers
         on = [at for at, i in enumerate(going) if answers[i][-1] != eos_id]
-        if not on:
+        if not on or step == most - 1:
             break
         if len(on) < len(going):
             going, chosen = [going[at] for at in on], chosen[on]

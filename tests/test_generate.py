@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import quantize_model, random_tokens, tiny_llama
+from helpers import fill_adapter, quantize_model, random_tokens, tiny_llama
 
 from dpo_minimal.checkpoint import load_llama, save_adapter
 from dpo_minimal.data import format_prompt
+from dpo_minimal.extras.cache import Cache
+from dpo_minimal.extras.sampling import ready_to_sample
 from dpo_minimal.generate import choose, generate, sample, sample_answers
 from dpo_minimal.lora import add_adapter
+from dpo_minimal.nf4 import NF4Linear
 
 NEVER = -1  # an EOS that no model gives
 ROWS = [random_tokens(1, n, seed=n)[0].tolist() for n in (3, 9, 1, 6)]
@@ -189,3 +192,78 @@ def test_the_command_line_refuses_what_is_not_there_in_one_line(tmp_path):
     done = ask("--model", tmp_path / "nothing", "--prompt", "What?")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+# --- what makes it fast changes nothing ----------------------------------------------------------
+
+
+def test_a_cache_returns_all_that_it_was_given_in_order():
+    cache, given = Cache(), torch.randn(2, 3, 2, 250, 4)  # k and v, [B, G, S, K] each
+    at = 0
+    for size in (70, 1, 1, 60, 1, 117):  # it grows twice
+        k, v = cache.extend(*given[:, :, :, at : at + size])
+        at += size
+        assert torch.equal(k, given[0, :, :, :at]) and torch.equal(v, given[1, :, :, :at])
+    cache.keep([2, 0])
+    k, _ = cache.extend(*torch.zeros(2, 2, 2, 1, 4))
+    assert torch.equal(k[:, :, :250], given[0, [2, 0]]) and not k[:, :, 250:].any()
+
+
+def test_a_rows_sampled_tokens_do_not_depend_on_when_another_row_ends():
+    model = tiny_llama(torch.float32)
+
+    def sampled(eos):
+        return sample(model, ROWS, 20, eos, 1.0, 1.0, torch.Generator().manual_seed(1))
+
+    free = sampled(NEVER)
+    eos = free[1][4]
+    assert eos not in free[3], "choose another seed: row 3 was to go on"
+    stopped = sampled(eos)
+    assert [len(answer) for answer in stopped].count(20) < len(ROWS)
+    for answer, whole in zip(stopped, free, strict=True):
+        assert answer == whole[: len(answer)]
+
+
+def quantized_llama():
+    """A tiny NF4 Llama with an adapter that does something."""
+    model = quantize_model(tiny_llama(torch.float32))
+    add_adapter(model, "sft")
+    fill_adapter(model, "sft")
+    return model
+
+
+def test_unpacked_weights_give_the_same_bits_and_are_packed_again():
+    model = quantized_llama()
+    kinds = [type(m) for m in model.modules()]
+    tokens = random_tokens(2, 7)
+    with torch.no_grad():
+        expected = model(tokens)
+        with pytest.raises(KeyError), ready_to_sample(model):
+            assert not any(isinstance(m, NF4Linear) for m in model.modules())
+            assert torch.equal(model(tokens), expected)
+            raise KeyError("something goes wrong in between")
+    assert [type(m) for m in model.modules()] == kinds
+    assert NF4Linear in kinds
+
+
+@pytest.mark.parametrize(("free", "packed"), [(None, 14), (0, 14), (2 * 4 * (24 * 16 + 20), 13)])
+def test_weights_are_unpacked_into_half_of_the_free_memory_at_most(monkeypatch, free, packed):
+    now = None if free is None else (0, free)
+    monkeypatch.setattr("dpo_minimal.extras.sampling.memory_now", lambda device: now)
+    model = quantized_llama()
+    with ready_to_sample(model):
+        assert sum(isinstance(m, NF4Linear) for m in model.modules()) == packed
+
+
+def test_each_weight_is_dequantized_once_for_all_tokens(monkeypatch):
+    from dpo_minimal import nf4
+
+    calls = []
+    right = nf4.dequantize_nf4
+    monkeypatch.setattr(nf4, "dequantize_nf4", lambda q: calls.append(1) or right(q))
+    model = quantized_llama()
+    with ready_to_sample(model):
+        greedy(model, ROWS, 6)
+    assert len(calls) == 14
+    greedy(model, ROWS, 6)
+    assert len(calls) == 14 + 6 * 14
