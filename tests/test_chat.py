@@ -275,7 +275,7 @@ def test_generate_speaks_the_runs_template_without_being_told(
     assert asked("--model", chat_run / "merged") == expected
     assert asked("--model", chat_run / "merged", "--template", "qa") == other
     seen = []
-    monkeypatch.setattr(ask, "generate", lambda m, tokenizer, *a, **k: seen.append(tokenizer))
+    monkeypatch.setattr(ask, "print_answer", lambda a, m, tokenizer, turns: seen.append(tokenizer))
     asked("--model", chat_model, "--adapter", chat_run / "dpo")
     asked("--model", chat_model)  # never tuned here: its own
     asked("--model", chat_model, "--adapter", chat_run / "dpo", "--template", "qa")

@@ -1,8 +1,10 @@
 """Sampling: greedy, cached, batched, top-p, the end of an answer, seeds, the command line."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -267,3 +269,31 @@ def test_each_weight_is_dequantized_once_for_all_tokens(monkeypatch):
     assert len(calls) == 14
     greedy(model, ROWS, 6)
     assert len(calls) == 14 + 6 * 14
+
+
+def test_an_answer_appears_as_its_tokens_come_and_never_half_a_character(monkeypatch, capsys):
+    from dpo_minimal.extras import ask
+
+    pieces = [b" H", b"\xc3", b"\xa9", b" ", b" \xe3", b"\x81", b"\x8a", b"\n"]  # é and お in bytes
+    expected_after = ["H", "H", "Hé", "Hé", "Hé", "Hé", "Hé  お", "Hé  お"]
+    screen = []
+
+    def steps(model, rows, *rest, **named):
+        answer = []
+        for piece in pieces:
+            answer.append(piece)
+            yield [answer]
+            screen.append(capsys.readouterr().out)  # what the last token brought
+
+    class Bytes:
+        eos_id = NEVER
+
+        def decode(self, ids):
+            return b"".join(ids).decode("utf-8", "replace")
+
+    monkeypatch.setattr(ask, "sample_steps", steps)
+    monkeypatch.setattr(ask, "check_room", lambda *rest: [1])
+    args = SimpleNamespace(max_new_tokens=8, temperature=0.0, top_p=1.0, seed=0)
+    assert ask.print_answer(args, tiny_llama(), Bytes(), ()) == "Hé  お"
+    assert list(itertools.accumulate(screen)) == expected_after
+    assert capsys.readouterr().out == "\n"

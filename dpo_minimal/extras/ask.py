@@ -8,7 +8,10 @@ question.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from dpo_minimal import InputError
 from dpo_minimal.checkpoint import load_adapter, load_llama
@@ -18,9 +21,10 @@ from dpo_minimal.extras.flags import check_device, check_template
 from dpo_minimal.extras.machine import device_and_dtype
 from dpo_minimal.extras.preflight import check_fit
 from dpo_minimal.extras.reading import read_json, reading
+from dpo_minimal.extras.sampling import ready_to_sample
 from dpo_minimal.formats.chat import chosen_template
 from dpo_minimal.formats.conversations import Message
-from dpo_minimal.generate import generate
+from dpo_minimal.generate import sample_steps, seeded
 from dpo_minimal.tokenizer import load_tokenizer
 
 
@@ -75,16 +79,39 @@ def main():
     if args.adapter:
         load_adapter(model, args.adapter, "adapter")
     check_fit(args.model, tokenizer, model.config, 0)
+    model.eval()
 
-    def answer(turns):
-        sampling = dict(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
-        check_room(model, tokenizer, turns)
-        return generate(model, tokenizer, turns, args.max_new_tokens, **sampling)
-
+    answer = partial(print_answer, args, model, tokenizer)
     for question in questions:
-        print(answer((Message("user", question),)))
+        answer((Message("user", question),))
     if not questions:
         converse(answer, remember=tokenizer.template is not None)
+
+
+@torch.no_grad()
+def print_answer(args, model, tokenizer, turns) -> str:
+    """Answer the last turn, on the screen as the tokens come; it is the text of `generate`."""
+    row = check_room(model, tokenizer, turns)
+    steps = sample_steps(
+        model,
+        [row],
+        args.max_new_tokens,
+        eos_id=tokenizer.eos_id,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        generator=seeded(args.seed),
+    )
+    text, shown = "", 0
+    with ready_to_sample(model):
+        for answers in steps:
+            text = tokenizer.decode(answers[0]).strip()
+            # The bytes of a character may come one by one, and blanks at the end may go again.
+            safe = len(text.rstrip("\N{REPLACEMENT CHARACTER}").rstrip())
+            if safe > shown:
+                print(text[shown:safe], end="", flush=True)
+                shown = safe
+    print(text[shown:])
+    return text
 
 
 def read_questions(path) -> list[str]:
@@ -97,9 +124,10 @@ def read_questions(path) -> list[str]:
     return questions
 
 
-def check_room(model, tokenizer, prompt):
-    """InputError for a prompt that leaves no room for an answer."""
-    tokens = len(encode_example(tokenizer, prompt)[0])
+def check_room(model, tokenizer, prompt) -> list[int]:
+    """The prompt in tokens; InputError if it leaves no room for an answer."""
+    row = encode_example(tokenizer, prompt)[0]
+    tokens = len(row)
     context = model.config.max_position_embeddings
     if tokens >= context:
         begins = prompt[-1].content[:40]
@@ -107,10 +135,11 @@ def check_room(model, tokenizer, prompt):
             f"a prompt of {tokens} tokens (its last turn begins {begins!r}) leaves no room for an "
             f"answer in the model's context of {context} tokens: shorten it"
         )
+    return row
 
 
 def converse(answer, remember: bool):
-    """Read questions from the terminal and print the answers, until an empty line.
+    """Read questions from the terminal and let `answer` print, until an empty line.
 
     remember: each question is asked behind the turns before it, as long as they fit.
     """
@@ -125,7 +154,6 @@ def converse(answer, remember: bool):
                 raise
             print(f"(the conversation begins anew: {error})")
             turns, said = (), answer((asked,))
-        print(said)
         if remember:
             turns = (*turns, asked, Message("assistant", said))
 
