@@ -127,8 +127,9 @@ class Attention(nn.Module):
                 assert T == 1 or mask is not None, "several new tokens need a mask over the cache"
                 k, v = torch.cat((cache["k"], k), dim=2), torch.cat((cache["v"], v), dim=2)
             cache["k"], cache["v"] = k, v
-        k = k.repeat_interleave(self.group_size, dim=1)  # [B, H, S, K]
-        v = v.repeat_interleave(self.group_size, dim=1)  # [B, H, S, K]
+        if self.group_size > 1:
+            k = k.repeat_interleave(self.group_size, dim=1)  # [B, H, S, K]
+            v = v.repeat_interleave(self.group_size, dim=1)  # [B, H, S, K]
         causal = mask is None and T > 1  # a single new token may see all that is cached
         # On a CPU the 16-bit kernel's backward takes up to four times as long as the 32-bit one's.
         dtype = at_least_float32(x) if x.device.type == "cpu" else x.dtype
