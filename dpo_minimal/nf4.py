@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dpo_minimal.extras.compiled import fused_form, linear_recomputed
+from dpo_minimal.extras.compiled import fused_form, linear_recomputed, on_device
 
 ABSMAX_BLOCK = 256  # absmax values that share one scale in double quantization
 PIECE = 2**18  # weights taken at a time on a CPU: temporary tensors stay in its cache
@@ -68,7 +68,6 @@ def dynamic_code() -> torch.Tensor:
 NF4_CODE = nf4_code()
 NF4_VALUES = NF4_CODE.tolist()  # the same for a compiler, which cannot read a tensor's values
 DYNAMIC_CODE = dynamic_code()
-on_device = functools.cache(torch.Tensor.to)  # for tables: each is copied to a device once
 
 
 def nearest(values: torch.Tensor, code: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,17 @@ def check_compiler(device: str):
         raise InputError(f"--compile: torch cannot compile here, leave it out ({reason})") from None
 
 
+def on_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A constant table on a device, copied there once: for each copy the host waits for a GPU."""
+    return table.to(device) if torch.compiler.is_compiling() else kept_copy(table, device)
+
+
+@functools.cache
+def kept_copy(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """See `on_device`. Apart from it, because a compiler warns of functions with a cache."""
+    return table.to(device)
+
+
 def fused_form(device: torch.device):
     """`dequantize_fused` where a compiler makes it one pass; None where it would be slower."""
     if torch.compiler.is_compiling():
