@@ -1,6 +1,6 @@
 """The launches, bytes and FLOPs of a DPO step on a GPU, counted without one, and a time from them.
 
-    python benchmarks/count.py --model random:llama-2-7b --json benchmarks/results/count-llama-2-7b.json
+    python benchmarks/count.py --json benchmarks/results/count-llama-2-7b.json
 
 The step runs over tensors without numbers ("meta"), and each operation is written down: a launch,
 the bytes that it reads and writes, and its FLOPs. Its time is the longer of bytes / bandwidth and
@@ -11,6 +11,7 @@ rate exactly. Checkpointing is off, as it is by default where memory allows it.
 
 import argparse
 import contextlib
+import math
 from collections import Counter
 from unittest import mock
 
@@ -50,7 +51,8 @@ class Counting(TorchDispatchMode):
             out = args[0].new_empty(args[2])
         else:
             out = func(*args, **kwargs)
-        if func.is_view or operation in FREE:
+        on_gpu = any(t.device == GPU for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+        if func.is_view or operation in FREE or not on_gpu:
             return out
         flops = (
             flop_registry[operation](*args, **kwargs, out_val=out)
@@ -72,9 +74,12 @@ class Counting(TorchDispatchMode):
 
 
 def num_bytes(*tree) -> int:
-    """Bytes of the tensors in nested lists and dicts, each tensor once."""
+    """Bytes of the tensors in nested lists and dicts, each once; expanded ones are not larger."""
     tensors = {id(t): t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    return sum(
+        t.element_size() * math.prod(n for n, s in zip(t.shape, t.stride(), strict=True) if s)
+        for t in tensors.values()
+    )
 
 
 class CountedAttention(torch.autograd.Function):

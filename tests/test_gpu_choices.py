@@ -1,6 +1,9 @@
 """What is decided because of a GPU: kernels, dtype, device, checkpointing. None is needed here."""
 
 import argparse
+import importlib
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -127,3 +130,38 @@ def test_the_flag_wins_and_on_a_cpu_it_is_on(monkeypatch):
     assert recomputes(monkeypatch, 80, flag=True) is True
     assert recomputes(monkeypatch, 0.001, flag=False) is False
     assert recomputes(monkeypatch, 80, device="cpu") is True
+
+
+@pytest.fixture
+def count(monkeypatch):
+    """benchmarks/count.py."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    return importlib.import_module("count")
+
+
+def counted(count, monkeypatch, *flags):
+    """The parts of a step of the tiny shape."""
+    parts = []
+    monkeypatch.setattr(count, "save", lambda args, result: parts.append(result["parts"]))
+    command = ["count.py", "--model", "random:tiny", "--pairs", "3", "--length", "40", *flags]
+    monkeypatch.setattr(sys, "argv", command)
+    count.main()
+    return parts[0]
+
+
+def test_what_a_step_does_on_a_gpu_is_counted_as_by_hand(count, monkeypatch):
+    parts = counted(count, monkeypatch)
+    L, B, D, T = 2, 3, 64, 40 + 20  # a row is the prompt (20) and both answers
+    assert parts["attention"]["flops"] == L * 4 * B * T * T * D * 3.5
+    assert parts["attention"]["launches"] == 2 * L
+    again = counted(count, monkeypatch, "--gradient-checkpointing")
+    assert again["attention"]["launches"] == 3 * L
+    slow = counted(count, monkeypatch, "--no-fused")
+    assert slow["matrix products"] == parts["matrix products"]
+    # W is made 7 times a block in forward. Backward makes it once more, but for the first three
+    # layers, whose input needs no gradient. One kernel stands for four: indices to int64, gather,
+    # multiply, write. And once the table of byte values is copied to the device.
+    uses = 7 * L + 7 * L - 3
+    saved = slow["dequantizing"]["launches"] - parts["dequantizing"]["launches"]
+    assert saved in (3 * uses, 3 * uses + 1)
+    assert slow["dequantizing"]["bytes"] > 5 * parts["dequantizing"]["bytes"] > 0

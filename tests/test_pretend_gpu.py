@@ -11,11 +11,12 @@ import pytest
 import torch
 from helpers import fill_adapter, quantize_model, tiny_llama
 from pretend_gpu import PretendGPU
-from test_train import command, few_tokens, preference_rows, write_rows  # noqa: F401
+from test_train import command, preference_rows, write_rows
 
 from dpo_minimal import batches, generate, llama, loop, lora, nf4, run
 from dpo_minimal.batches import Order, pair_batch
 from dpo_minimal.data import EncodedPair
+from dpo_minimal.extras import plots, report
 from dpo_minimal.formats import safetensors
 from dpo_minimal.loss import dpo_loss, preference_logps
 
@@ -58,7 +59,7 @@ def one_step(device, dtype=torch.float32, checkpointing=False):
 
 def steps(device, folder, resume=False, stop_in=None, dropout=0.5, snapshot=list):
     """The weights after 3 steps of the training loop, as CPU tensors; or stop in one of them."""
-    model, asked, drawn = policy(device, dropout=dropout), [], []
+    model, asked, drawn = policy(device, dropout=dropout, num_hidden_layers=1), [], []
 
     def collate(rows):
         snapshot()
@@ -164,6 +165,13 @@ def test_a_run_of_all_stages_leaves_the_cpus_files(tmp_path, model_folder, monke
     data = write_rows(tmp_path / "pairs.jsonl", preference_rows(44))
     held_out = write_rows(tmp_path / "held.jsonl", preference_rows(44)[:2])
     monkeypatch.setattr(run, "check_flags", lambda args: None)  # it knows cpu, cuda, mps
+    monkeypatch.setattr(plots, "draw_curves", lambda *args: None)  # drawing takes seconds
+    compare = report.compare
+
+    def short(*args, **options):
+        return compare(*args, **options | {"max_new_tokens": 2})
+
+    monkeypatch.setattr(report, "compare", short)
     usual = ["--model", model_folder, "--data", data, "--eval-data", held_out, *FEW]
     usual += ["--lora-dropout", 0, "--dtype", "float32"]
     command(*usual, "--device", "cpu", "--out", tmp_path / "cpu")
