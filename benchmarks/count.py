@@ -54,15 +54,12 @@ class Counting(TorchDispatchMode):
         on_gpu = any(t.device == GPU for t in tree_leaves(out) if isinstance(t, torch.Tensor))
         if func.is_view or operation in FREE or not on_gpu:
             return out
-        flops = (
-            flop_registry[operation](*args, **kwargs, out_val=out)
-            if operation in flop_registry
-            else 0
-        )
-        tensors = {
-            id(t): t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)
-        }
-        size = sum(t.numel() * t.element_size() for t in tensors.values())
+        flops = 0
+        if operation in flop_registry:
+            flops = flop_registry[operation](*args, **kwargs, out_val=out)
+        size = num_bytes(args, kwargs)  # read
+        if operation is not aten.copy_:  # which has written its first argument
+            size += num_bytes(out)
         self.note(self.inside or ("matrix products" if flops else "the rest"), size, flops)
         return out
 
