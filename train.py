@@ -107,8 +107,8 @@ def add_run_adapter(run: Run, model, name: str):
 
 def train_stage(run: Run, model, stage: Stage, examples, settings):
     """Set up the model as the flags say, tell what is about to happen, then train it."""
-    model.gradient_checkpointing = run.args.gradient_checkpointing
-    keep_weights(model, keep=run.args.gradient_checkpointing)
+    model.gradient_checkpointing = preflight.recomputes(run, model, stage, examples, settings)
+    keep_weights(model, keep=model.gradient_checkpointing)
     if run.args.compile:
         for block in model.model.layers:
             block.compile()

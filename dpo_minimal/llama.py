@@ -130,7 +130,7 @@ class Attention(nn.Module):
             assert mask is not None or T in (1, k.shape[2]), "several new tokens need a mask"
         # A CPU's kernel shares k and v itself; but in training its sums would round differently.
         shared = cache is not None and x.device.type == "cpu"
-        if not shared:
+        if self.group_size > 1 and not shared:
             k = k.repeat_interleave(self.group_size, dim=1)  # [B, H, S, K]
             v = v.repeat_interleave(self.group_size, dim=1)  # [B, H, S, K]
         causal = mask is None and T > 1  # a single new token may see all that is cached

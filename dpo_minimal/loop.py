@@ -1,7 +1,7 @@
 """The one plain training loop: pretraining, SFT and DPO differ only in the batches and the loss.
 
 AdamW, linear warmup and cosine decay, gradient accumulation, clipping, evaluation, a log, and
-states from which an interrupted run goes on, bit for bit. Read `train` from top to bottom.
+states from which a stopped run goes on (on a CPU to the same bits). Read `train` top to bottom.
 """
 
 import io

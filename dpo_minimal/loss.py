@@ -34,8 +34,8 @@ def token_logps(model, tokens, loss_mask, positions=None, mask=None, sources=Non
     scored positions only, in chunks that backward recomputes, so that the [N, V] logits never exist
     all at once.
     """
-    hidden = model.hidden(tokens, positions, mask)  # [B, T, D]
     rows, places = loss_mask.nonzero(as_tuple=True)  # [N] each
+    hidden = model.hidden(tokens, positions, mask)  # [B, T, D]
     # The state at position t - 1 predicts the token at t.
     before = places - 1 if sources is None else sources[rows, places]
     states = hidden[rows, before].split(CHUNK)

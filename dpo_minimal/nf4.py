@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dpo_minimal.extras.compiled import dequantize_fused, linear_recomputed
+from dpo_minimal.extras.compiled import fused_form, linear_recomputed, on_device
 
 ABSMAX_BLOCK = 256  # absmax values that share one scale in double quantization
 PIECE = 2**18  # weights taken at a time on a CPU: temporary tensors stay in its cache
@@ -74,7 +74,6 @@ def nearest(values: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
     """The index of the nearest entry of an ascending code, uint8; halfway goes to the lower one."""
     midpoints = (code[:-1] + code[1:]) / 2
     if len(code) > 16:
-        midpoints = midpoints.to(values.device)
         return torch.bucketize(values, midpoints, out_int32=True).to(torch.uint8)
     # On a CPU, 15 vectorized comparisons are faster than a binary search for each value.
     index = torch.zeros_like(values, dtype=torch.uint8)
@@ -128,12 +127,13 @@ def quantize_nf4(weight: torch.Tensor, block_size: int = 64, double_quant: bool 
     # Absmax is positive: taking off the mean centres it on the signed map's fine part.
     offset = absmax.mean()
     scaled, scale = scaled_blocks(absmax - offset, ABSMAX_BLOCK)
+    codes = nearest(scaled, on_device(DYNAMIC_CODE, scaled.device))
     return NF4Weight(
         packed,
         shape,
         weight.dtype,
         block_size,
-        absmax_codes=nearest(scaled, DYNAMIC_CODE).flatten()[: len(absmax)],
+        absmax_codes=codes.flatten()[: len(absmax)],
         absmax_scale=scale,
         absmax_offset=offset,
     )
@@ -153,7 +153,7 @@ def dequantize_absmax(quantized: NF4Weight) -> torch.Tensor:
     if quantized.absmax is not None:
         return quantized.absmax
     codes = quantized.absmax_codes
-    values = DYNAMIC_CODE.to(codes.device).index_select(0, codes.int())
+    values = on_device(DYNAMIC_CODE, codes.device).index_select(0, codes.int())
     scale = quantized.absmax_scale.repeat_interleave(ABSMAX_BLOCK)[: len(codes)]
     return values * scale + quantized.absmax_offset
 
@@ -169,16 +169,16 @@ def code_pairs(device: torch.device) -> torch.Tensor:
 def dequantize_nf4(quantized: NF4Weight) -> torch.Tensor:
     """The weight back, in its own shape and dtype: code * absmax in float32, then one cast.
 
-    It works piece by piece, so that temporary tensors stay in a CPU's cache. Under torch.compile,
-    `dequantize_fused` gives the same bits.
+    It works piece by piece, so that temporary tensors stay in a CPU's cache. On CUDA and under
+    torch.compile, `fused_form` gives the same bits in one pass.
     """
     absmax = dequantize_absmax(quantized)  # [blocks]
     packed, half = quantized.packed, quantized.block_size // 2
     if len(packed) < len(absmax) * half:  # the last block is a partial one
         packed = F.pad(packed, (0, len(absmax) * half - len(packed)))
     packed = packed.view(-1, half)  # [blocks, block_size / 2]
-    if torch.compiler.is_compiling():
-        blocks = dequantize_fused(packed, absmax, quantized.dtype, NF4_VALUES)
+    if fused := fused_form(packed.device):
+        blocks = fused(packed, absmax, quantized.dtype, NF4_VALUES)
     else:
         blocks = packed.new_empty(len(absmax), quantized.block_size, dtype=quantized.dtype)
         piece = piece_size(packed.device) // quantized.block_size

@@ -5,6 +5,5 @@ from pathlib import Path
 
 if __name__ == "__main__":
     here = Path(__file__).parent
-    installed = here / "main" / "train.py"  # where pyproject.toml puts it
-    path = installed if installed.exists() else here.parent / "train.py"
-    runpy.run_path(str(path), run_name="__main__")
+    places = (here / "main" / "train.py", here.parent / "train.py")  # pip's, or a checkout's
+    runpy.run_path(str(next(filter(Path.exists, places))), run_name="__main__")

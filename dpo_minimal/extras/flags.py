@@ -59,7 +59,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     model("--no-quantize", action="store_true", help="LoRA instead of QLoRA")
     model("--dtype", choices=["float32", "bfloat16"], help="bfloat16 on a GPU, else float32")
     model("--device", help="cuda if there is one, else cpu")
-    model("--gradient-checkpointing", action=on_off, help="less memory, more time (on; forum off)")
+    recompute = "less memory, more time (on; on a GPU if memory asks for it; forum off)"
+    model("--gradient-checkpointing", action=on_off, help=recompute)
     model("--compile", action="store_true", help="torch.compile each block")
     return parser
 

@@ -40,7 +40,22 @@ def field(path: str, name: str) -> int:
 
 
 def device_and_dtype(device: str | None, dtype: str | None) -> tuple[str, torch.dtype]:
-    """What --device and --dtype mean: a GPU if there is one, bfloat16 on it and else float32."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-    return device, getattr(torch, dtype)
+    """What --device and --dtype mean: a GPU if there is one, bfloat16 on it and else float32.
+
+    Cards before Ampere (capability 8.0) get float32, because they have no bfloat16 of their own.
+    """
+    device, usual = device or ("cuda" if torch.cuda.is_available() else "cpu"), "float32"
+    if device.startswith("cuda"):
+        prepare_gpu(device)
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            usual = "bfloat16"
+    return device, getattr(torch, dtype or usual)
+
+
+def prepare_gpu(device: str):
+    """Settle what torch would else choose badly on a CUDA device."""
+    if ":" in device:  # what torch.cuda says of memory and random state is then of this GPU
+        torch.cuda.set_device(device)
+    # cuDNN's attention plans anew for each shape, and nearly each batch has its own; with a mask
+    # its gradients can be NaN (pytorch issue 196678).
+    torch.backends.cuda.enable_cudnn_sdp(False)

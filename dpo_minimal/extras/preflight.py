@@ -49,7 +49,7 @@ def tell_plan(run, model, stage, examples, settings, log=print):
     unit = "pairs" if is_dpo else "rows"
     rows, batches = stage.order.num_rows(), stage.order.num_batches(settings.batch_size)
     steps, epoch = count_steps(settings, batches), steps_per_epoch(settings, batches)
-    known = [e for e in (examples[i] for i in range(min(n, SAMPLE))) if e is not None]
+    known = some_of(examples)
     tokens = sum(map(num_tokens, known)) / len(known) * n * steps / epoch
     packed = f"texts in {rows:,} rows of up to {run.args.max_length} tokens"
     log(f"{stage.name:9} {n:,} {'pairs' if is_dpo else packed}")
@@ -90,10 +90,24 @@ def tell_memory(run, model, settings, longest: int, is_dpo: bool, log):
 
     longest: tokens of the longest pair (DPO); packed rows (SFT) are as long as they may be.
     """
-    now, args = memory_now(run.device), run.args
+    now = memory_now(run.device)
     if now is None:
         return
-    width = longest if is_dpo else args.max_length
+    width, recompute = longest if is_dpo else run.args.max_length, model.gradient_checkpointing
+    more = predicted(run, model.config, settings, width, is_dpo=is_dpo, recompute=recompute)
+    held, free = now
+    peak = max(peak_memory_gb(), (held + more) / 1e9)
+    log(f"          memory: {peak:.2f} GB predicted, {(held + free) / 1e9:.1f} GB available")
+    if run.args.gradient_checkpointing is None and run.device.startswith("cuda"):
+        word = "on, else it would not fit" if recompute else "off, it fits without"
+        log(f"          gradient checkpointing is {word} (see --gradient-checkpointing)")
+    if more > free:
+        log("warning   that may not fit: lower --batch-size (and raise --grad-accum), --max-length")
+
+
+def predicted(run, config, settings, width: int, is_dpo: bool, recompute: bool) -> int:
+    """Bytes that a step with rows of `width` tokens takes beside the model."""
+    args = run.args
     step = Step(
         tokens=settings.batch_size * width,
         width=width,
@@ -104,12 +118,26 @@ def tell_memory(run, model, settings, longest: int, is_dpo: bool, log):
         dropout=args.lora_dropout,
         dtype=run.dtype,
         on_gpu=run.device.startswith("cuda"),
-        gradient_checkpointing=args.gradient_checkpointing,
+        gradient_checkpointing=recompute,
         quantized=not args.no_quantize,
     )
-    more = predict_peak(model.config, step, predict_training(model.config, step))
-    held, free = now
-    peak = max(peak_memory_gb(), (held + more) / 1e9)
-    log(f"          memory: {peak:.2f} GB predicted, {(held + free) / 1e9:.1f} GB available")
-    if more > free:
-        log("warning   that may not fit: lower --batch-size (and raise --grad-accum), --max-length")
+    return predict_peak(config, step, predict_training(config, step))
+
+
+def recomputes(run, model, stage, examples, settings) -> bool:
+    """Whether to use gradient checkpointing: as the flag says, else on a CPU; on a GPU only if a
+    step without it is predicted to take more than 90% of the free memory."""
+    if run.args.gradient_checkpointing is not None:
+        return run.args.gradient_checkpointing
+    if not run.device.startswith("cuda"):
+        return True
+    is_dpo, width = stage.name == "dpo", run.args.max_length
+    if is_dpo:
+        width = max(sum(map(len, example)) for example in some_of(examples))
+    more = predicted(run, model.config, settings, width, is_dpo=is_dpo, recompute=False)
+    return more > 0.9 * memory_now(run.device)[1]
+
+
+def some_of(examples) -> list:
+    """The first SAMPLE examples that fit."""
+    return [e for e in (examples[i] for i in range(min(len(examples), SAMPLE))) if e is not None]

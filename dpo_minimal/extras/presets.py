@@ -16,9 +16,7 @@ FORUM = (
         ),
     },
 )
-BLOG_FLAGS = dict(
-    beta=0.1, max_length=1024, target_modules="q_proj,v_proj", gradient_checkpointing=True
-)
+BLOG_FLAGS = dict(beta=0.1, max_length=1024, target_modules="q_proj,v_proj")
 # For a --model and --data: the blog's settings, but as many steps as the data have, and a larger
 # learning rate in SFT. The blog had 500 steps of 8 rows; smaller data need larger steps.
 USUAL = (

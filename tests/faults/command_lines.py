@@ -228,7 +228,7 @@ def check_saved(flag: str, value, before):
         spec.need(type(value) in (int, float, str))
         spec.need(parsed({flag: right}, {flag: str(value)})[flag] == value, flag)
     elif value is None:
-        never = {"beta", "max-length", "target-modules", "gradient-checkpointing", "loss", "seed"}
+        never = {"beta", "max-length", "target-modules", "loss", "seed"}
         never |= {"label-smoothing", "lora-r", "lora-alpha", "lora-dropout"}
         spec.need(flag not in never and flag.replace("-", "_") in KNOWN)
     else:
