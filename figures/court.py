@@ -6,8 +6,8 @@
 Each loss has one setting, chosen beforehand and not searched for. The number of steps is the same
 however many votes there are, so that nothing but the votes differs. Each policy gives two points of
 reward against KL: renormalized over the 15 answers of a question (exact), and as it really speaks
-(sampled, with whatever it garbles). Measured policies are kept in runs/figures/court, so delete that after
-changing a loss. Base and SFT are made first if they are not there, which takes minutes.
+(sampled, with whatever it garbles). Measured policies are kept in runs/figures/court, so delete
+that after changing a loss. Base and SFT are made first if they are not there, in some minutes.
 """
 
 import hashlib

@@ -5,6 +5,7 @@ ordered pair (winner y, loser y') counts with a weight. p(y, y') is how often y 
 log-ratio log pi - log ref, s = log pi / |y| the mean per token.
 """
 
+import json
 import math
 from functools import partial
 
@@ -16,6 +17,7 @@ from test_optimum import TOLERANCE, X, Y, bradley_terry, tilted, total_variation
 from dpo_minimal import InputError
 from dpo_minimal.batches import pair_batch
 from dpo_minimal.data import EncodedPair
+from dpo_minimal.extras import measure
 from dpo_minimal.extras.losses import (
     MORE_LOSSES,
     LossSettings,
@@ -374,3 +376,25 @@ def test_settings_are_those_of_a_run_even_of_one_that_had_fewer_flags():
     settings = LossSettings("simpo", 2.0, simpo_gamma=1.0, nll_weight=0.25)
     assert describe_loss(settings) == "simpo, beta 2, simpo gamma 1, nll weight 0.25"
     assert describe_loss(LossSettings()) == "sigmoid, beta 0.1"
+
+
+def test_evaluate_takes_the_loss_of_the_run_beside_whole_or_not_at_all(tmp_path):
+    saved = {"beta": 3.0, "loss": "simpo", "simpo_gamma": 1.0, "nll_weight": 0.5}
+    (tmp_path / "config.json").write_text(json.dumps({"arguments": saved}))
+    flags = ["--model", str(tmp_path / "merged")]
+    for given, expected in (
+        ([], LossSettings("simpo", 3.0, simpo_gamma=1.0, nll_weight=0.5)),
+        (["--loss", "orpo"], LossSettings("orpo", 3.0)),
+        (["--loss", "simpo", "--simpo-gamma", "2"], LossSettings("simpo", 3.0, 0.0, 2.0, 0.5)),
+    ):
+        args = measure.make_parser().parse_args([*flags, *given])
+        measure.fill_in(args)
+        assert loss_settings(vars(args)) == expected
+
+
+def test_a_model_by_itself_is_measured_by_a_loss_without_a_reference(capsys):
+    args = measure.make_parser().parse_args(["--loss", "simpo", "--beta", "2", "--data", "x"])
+    args.label_smoothing, args.simpo_gamma, args.nll_weight = 0.0, 0.5, 0.0
+    policy = torch.tensor([[-4.0, -9.0]])  # 2 and 3 tokens: s = -2 and -3, margin 2
+    cells = measure.rewards_of(args, policy, torch.zeros(1, 2), torch.tensor([[2, 3]]))
+    assert cells == f"1.000 | +2.0000 | {math.log1p(math.exp(-1.5)):.4f}"

@@ -191,7 +191,8 @@ def check_loss(settings: LossSettings):
     if kind == "robust" and not settings.label_smoothing:
         raise InputError("--loss robust needs --label-smoothing, the share of wrong votes")
     if settings.simpo_gamma != LossSettings.simpo_gamma and kind != "simpo":
-        raise InputError(f"--simpo-gamma goes with --loss simpo, not {kind}")
+        usual = f"leave it at {LossSettings.simpo_gamma}"
+        raise InputError(f"--simpo-gamma goes with --loss simpo, not {kind}: {usual}")
     if settings.nll_weight and kind == "orpo":
         raise InputError("--nll-weight does not go with --loss orpo, which has that term already")
 

@@ -77,6 +77,9 @@ def settings_beside(folder) -> dict:
 def fill_in(args):
     """Set the flags that were not given: to those of the run beside, or to the usual ones."""
     saved = settings_beside(args.adapter or args.model)
+    if args.loss not in (None, saved.get("loss")):  # another loss: the run's settings are not its
+        of_loss = asdict(losses.LossSettings()).keys() - {"beta"}
+        saved = {name: value for name, value in saved.items() if name not in of_loss}
     for name, usual in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, saved.get(name, usual))
