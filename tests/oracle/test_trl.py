@@ -91,11 +91,8 @@ def word_tokenizer():
     )
 
 
-class Trainer(trl.DPOTrainer):
-    """TRL's trainer over pairs of ids in their order, with our schedule."""
-
-    def _prepare_dataset(self, dataset, *_):
-        return dataset
+class InOrder:
+    """A trainer that takes pairs in their order, with our schedule."""
 
     def _get_train_sampler(self, dataset=None):
         return torch.utils.data.SequentialSampler(dataset or self.train_dataset)
@@ -108,17 +105,47 @@ class Trainer(trl.DPOTrainer):
         return self.lr_scheduler
 
 
+class Trainer(InOrder, trl.DPOTrainer):
+    """TRL's trainer over pairs of ids."""
+
+    def _prepare_dataset(self, dataset, *_):
+        return dataset
+
+
 def trl_trainer(folder, pairs, kind, beta, quantize, grad_accum, out):
     """A Trainer over the folder's model with a new float32 adapter on all linear layers."""
     rows = [{f"{name}_ids": ids for name, ids in pair._asdict().items()} for pair in pairs]
-    adapter = peft.LoraConfig(
-        r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
     settings = trl.DPOConfig(
-        output_dir=str(out),
         loss_type=kind,
         label_smoothing=SMOOTHING if kind == "robust" else 0.0,
         beta=beta,
+        **trainer_settings(grad_accum, out),
+    )
+    trainer = Trainer(
+        trl_model(folder, quantize),
+        args=settings,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=word_tokenizer(),
+        peft_config=new_adapter(),
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return trainer
+
+
+def new_adapter():
+    """PEFT's settings of an adapter on all linear layers."""
+    return peft.LoraConfig(
+        r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+
+
+def trainer_settings(grad_accum, out) -> dict:
+    """SETTINGS in the words of TRL's trainers."""
+    return dict(
+        output_dir=str(out),
         per_device_train_batch_size=SETTINGS.batch_size // grad_accum,
         gradient_accumulation_steps=grad_accum,
         max_steps=STEPS,
@@ -132,18 +159,6 @@ def trl_trainer(folder, pairs, kind, beta, quantize, grad_accum, out):
         use_cpu=True,
         disable_tqdm=True,
     )
-    trainer = Trainer(
-        trl_model(folder, quantize),
-        args=settings,
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=word_tokenizer(),
-        peft_config=adapter,
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return trainer
 
 
 def our_model(folder, trainer, quantize):

@@ -8,12 +8,13 @@ over pairs, and the two halves of a pair have each their reference point (`kto_p
 it); ORPO's NLL is over prompt and answer there, so only the odds ratio is compared.
 """
 
+import json
 from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
 import torch
-from oracles import NO_ORACLE
+from oracles import NO_ORACLE, transformers_llama
 
 from dpo_minimal.extras.losses import LossSettings, preference_loss
 
@@ -164,3 +165,43 @@ def test_orpos_odds_ratio_is_that_of_the_orpo_trainer(monkeypatch):
         *logps.sum(dim=1).chunk(2), *ref.chunk(2), lengths=LENGTHS, settings=settings
     )
     assert largest((losses.detach(), gradient, *ours[1:]), theirs) < CLOSE
+
+
+def test_20_steps_of_simpo_agree_with_the_cpo_trainer(tmp_path):
+    # Nothing is common to the two but the initial weights: its own rows, collator and means.
+    cpo = pytest.importorskip("trl.experimental.cpo", reason=NO_ORACLE)
+    steps = pytest.importorskip("test_trl", reason=NO_ORACLE)
+
+    class Trainer(steps.InOrder, cpo.CPOTrainer):
+        def tokenize_row(self, row, model=None):
+            prompt, *answers = (json.loads(row[n]) for n in ("prompt", "chosen", "rejected"))
+            found = {}
+            for name, answer in zip(("chosen", "rejected"), answers, strict=True):
+                found[f"{name}_input_ids"] = prompt + answer
+                found[f"{name}_attention_mask"] = [1] * len(prompt + answer)
+                found[f"{name}_labels"] = [-100] * len(prompt) + answer
+            return found
+
+    transformers_llama(tmp_path / "base")
+    pairs = steps.random_pairs(12)
+    rows = [{name: json.dumps(ids) for name, ids in pair._asdict().items()} for pair in pairs]
+    shared = steps.trainer_settings(1, tmp_path / "trl")
+    named = dict(loss_type="simpo", beta=2.0, simpo_gamma=0.5, cpo_alpha=0.0)
+    trainer = Trainer(
+        steps.trl_model(tmp_path / "base", quantize=False),
+        args=cpo.CPOConfig(**named, **shared),
+        train_dataset=steps.datasets.Dataset.from_list(rows),
+        processing_class=steps.word_tokenizer(),
+        peft_config=steps.new_adapter(),
+    )
+    trainer.remove_callback(steps.transformers.PrinterCallback)
+    model = steps.our_model(tmp_path / "base", trainer, quantize=False)
+    ours = steps.train_ours(model, pairs, "simpo", 2.0, 1, tmp_path)
+    trainer.train()
+    theirs = [row for row in trainer.state.log_history if "loss" in row]
+    assert len(ours) == len(theirs) == steps.STEPS
+    compared = [name for name in steps.COMPARED if name in theirs[0] and "logps" not in name]
+    differences = {name: steps.difference(ours, theirs, name) for name in compared}
+    print(f"largest difference {max(differences.values()):.1e} of {len(compared)} metrics")
+    assert len(compared) == 7 and max(differences.values()) < steps.CLOSE, differences
+    assert ours[-1]["rewards/margins"] > 1 and ours[-1]["loss"] < 0.8 * ours[0]["loss"]
