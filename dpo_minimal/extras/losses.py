@@ -82,7 +82,8 @@ def kto_loss(pairs: PairLogps, settings: LossSettings):
     Ethayarajh et al. 2024 (arXiv:2402.01306), eq. 8 with weights 1:
     1 - sigmoid(beta (h_w - z_l)) + 1 - sigmoid(beta (z_w - h_l)). The reference point z, an
     estimate of KL(pi || ref) without a gradient, is the mean of h over the answers of the other
-    kind in the batch (at least 0). So this loss alone depends on which pairs share a batch.
+    kind in the batch (at least 0). So this loss alone depends on which pairs share a forward pass:
+    --batch-size, --grad-accum and several processes change it, and an evaluation is one batch.
     """
     chosen, rejected = pairs.log_ratios()
     chosen_kl, rejected_kl = (h.detach().mean().clamp(min=0) for h in (chosen, rejected))
