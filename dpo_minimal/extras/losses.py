@@ -79,7 +79,7 @@ def apo_zero_loss(pairs: PairLogps, settings: LossSettings):
 def kto_loss(pairs: PairLogps, settings: LossSettings):
     """KTO of pairs: APO-zero, with the batch's mean gain in place of zero.
 
-    Ethayarajh et al. 2024 (arXiv:2402.01306), eq. 8 with weights 1:
+    Ethayarajh et al. 2024 (arXiv:2402.01306), with weights 1:
     1 - sigmoid(beta (h_w - z_l)) + 1 - sigmoid(beta (z_w - h_l)). The reference point z, an
     estimate of KL(pi || ref) without a gradient, is the mean of h over the answers of the other
     kind in the batch (at least 0). So this loss alone depends on which pairs share a forward pass:
