@@ -19,13 +19,14 @@ from dpo_minimal.data import encode_pairs, keep_fitting
 from dpo_minimal.evaluate import evaluate_pairs, one_epoch
 from dpo_minimal.extras import large, parallel, preflight, progress, report, reuse, signals
 from dpo_minimal.extras.command_line import run_command
+from dpo_minimal.extras.losses import batch_lengths, loss_settings, preference_loss
 from dpo_minimal.extras.machine import peak_memory_gb
 from dpo_minimal.formats.huggingface import read_config
 from dpo_minimal.formats.rows import read_rows
 from dpo_minimal.llama import Llama, LlamaConfig
 from dpo_minimal.loop import Stage, train
 from dpo_minimal.lora import active_adapters, add_adapter
-from dpo_minimal.loss import dpo_loss, preference_logps, reward_metrics, sft_loss
+from dpo_minimal.loss import preference_logps, reward_metrics, sft_loss
 from dpo_minimal.nf4 import keep_weights
 from dpo_minimal.reference import known_reference_logps
 from dpo_minimal.run import Run, read_run
@@ -177,14 +178,13 @@ def dpo(run: Run, model, pairs, held_out):
         policy_chosen_logps, policy_rejected_logps = preference_logps(model, batch)  # [B] each
         ref_logps = known_reference_logps(model, batch, tables["training"])  # [B, 2]
         ref_chosen_logps, ref_rejected_logps = ref_logps.to(policy_chosen_logps).T
-        losses, chosen_rewards, rejected_rewards = dpo_loss(
+        losses, chosen_rewards, rejected_rewards = preference_loss(
             policy_chosen_logps,
             policy_rejected_logps,
             ref_chosen_logps,
             ref_rejected_logps,
-            beta=args.beta,
-            label_smoothing=args.label_smoothing,
-            kind=args.loss,
+            lengths=batch_lengths(batch),
+            settings=loss_settings(vars(args)),
         )
         return losses, reward_metrics(
             policy_chosen_logps, policy_rejected_logps, chosen_rewards, rejected_rewards
@@ -206,9 +206,7 @@ def evaluation_of(run: Run, pairs, ref_table, batch_size: int):
         pairs=pairs,
         batches=one_epoch(pairs, batch_size),
         ref_table=ref_table,
-        beta=run.args.beta,
-        label_smoothing=run.args.label_smoothing,
-        kind=run.args.loss,
+        settings=loss_settings(vars(run.args)),
         device=run.device,
     )
 

@@ -154,7 +154,7 @@ def count_step(args) -> dict:
         counting.inside = before
         return weight
 
-    def attend(q, k, v, attn_mask, is_causal):
+    def attend(q, k, v, attn_mask, is_causal, enable_gqa):
         return CountedAttention.apply(counting, attn_mask, q, k, v)
 
     trained = [p for p in model.parameters() if p.requires_grad]

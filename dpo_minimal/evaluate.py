@@ -8,8 +8,9 @@ import torch
 
 from dpo_minimal.batches import answer_rows, pair_order
 from dpo_minimal.extras import progress
+from dpo_minimal.extras.losses import LossSettings, pair_lengths, preference_loss
 from dpo_minimal.lora import active_adapters
-from dpo_minimal.loss import dpo_loss, reward_metrics, sequence_logps
+from dpo_minimal.loss import reward_metrics, sequence_logps
 from dpo_minimal.reference import known_reference_logps, pair_logps
 
 
@@ -21,7 +22,7 @@ def one_epoch(pairs, batch_size: int, seed: int = 0) -> list[list[int]]:
 
 
 def evaluate_pairs(
-    model, pairs, batches, ref_table, *, beta: float, label_smoothing: float, kind: str, device
+    model, pairs, batches, ref_table, *, settings: LossSettings, device
 ) -> dict[str, float]:
     """Mean loss and reward metrics of pairs under the model's active adapters.
 
@@ -31,21 +32,20 @@ def evaluate_pairs(
     policy = pair_logps(model, pairs, batches, device)
     ref_logps = partial(known_reference_logps, table=ref_table)
     ref = pair_logps(model, pairs, batches, device, of_batch=ref_logps)
-    return preference_metrics(policy, ref, beta=beta, label_smoothing=label_smoothing, kind=kind)
+    return preference_metrics(policy, ref, pair_lengths(pairs), settings=settings)
 
 
-def preference_metrics(policy, ref, beta: float, label_smoothing=0.0, kind="sigmoid") -> dict:
-    """Mean loss and reward metrics, from log-probabilities [n, 2] (chosen, rejected) of each."""
+def preference_metrics(policy, ref, lengths, settings: LossSettings) -> dict[str, float]:
+    """Mean loss and reward metrics; log-probabilities and lengths are [n, 2], chosen, rejected."""
     policy_chosen_logps, policy_rejected_logps = policy.T
     ref_chosen_logps, ref_rejected_logps = ref.T
-    losses, chosen_rewards, rejected_rewards = dpo_loss(
+    losses, chosen_rewards, rejected_rewards = preference_loss(
         policy_chosen_logps,
         policy_rejected_logps,
         ref_chosen_logps,
         ref_rejected_logps,
-        beta=beta,
-        label_smoothing=label_smoothing,
-        kind=kind,
+        lengths=lengths,
+        settings=settings,
     )
     metrics = reward_metrics(
         policy_chosen_logps, policy_rejected_logps, chosen_rewards, rejected_rewards

@@ -102,7 +102,8 @@ def hinge_loss(delta, beta: float, label_smoothing: float):
 
 
 # Each takes (delta [B], beta, label_smoothing) and returns losses [B]. `--loss` and its help read
-# this table and the first lines of the docstrings, so a new loss is a function and an entry.
+# this table and the first lines of the docstrings, so a new loss is a function and an entry. Losses
+# that need more than delta are in extras/losses.py, for `--loss` likewise.
 LOSSES = {"sigmoid": sigmoid_loss, "ipo": ipo_loss, "hinge": hinge_loss}
 
 

@@ -13,6 +13,7 @@ from dpo_minimal.batches import pair_batch
 from dpo_minimal.data import EncodedPair, PreferencePair
 from dpo_minimal.evaluate import evaluate_pairs, kl_estimate, one_epoch, preference_metrics
 from dpo_minimal.extras import report
+from dpo_minimal.extras.losses import LossSettings
 from dpo_minimal.extras.report import (
     compare,
     format_samples,
@@ -126,7 +127,8 @@ def test_metrics_of_pairs_by_hand():
     # log-ratios: chosen 1, 0; rejected -1, 2, so margins times beta 0.5 are 1 and -1
     reference = torch.tensor([[-10.0, -20.0], [-30.0, -40.0]])
     policy = reference + torch.tensor([[1.0, -1.0], [0.0, 2.0]])
-    metrics = preference_metrics(policy, reference, beta=0.5)
+    lengths = torch.tensor([[3, 5], [2, 4]])  # which DPO does not look at
+    metrics = preference_metrics(policy, reference, lengths, LossSettings(beta=0.5))
     softplus = [math.log(1 + math.exp(-1)), math.log(1 + math.exp(1))]
     expected = {"loss": sum(softplus) / 2, "rewards/chosen": 0.25, "rewards/rejected": 0.25}
     expected |= {"rewards/margins": 0, "rewards/accuracies": 0.5, "rewards/ties": 0}
@@ -153,7 +155,7 @@ def test_held_out_pairs_are_measured_against_a_reference_that_is_computed_once(m
     monkeypatch.setattr(reference, "reference_logps", count)
     table = new_table(len(pairs))
     arguments = dict(pairs=pairs, batches=one_epoch(pairs, 4), ref_table=table, device="cpu")
-    arguments |= dict(beta=0.5, label_smoothing=0.1, kind="sigmoid")
+    arguments |= dict(settings=LossSettings(beta=0.5, label_smoothing=0.1))
     metrics = evaluate_pairs(model, **arguments)
     assert metrics["loss"] == pytest.approx(losses.mean().item(), abs=1e-4)
     assert metrics["rewards/margins"] == pytest.approx(margins.mean().item(), abs=1e-4)

@@ -20,6 +20,7 @@ from helpers import tiny_llama
 sys.path.append(str(Path(__file__).parents[1] / "figures"))
 
 import closed_form
+import court
 import length
 import noise
 import tuning as t
@@ -27,6 +28,7 @@ import world as w
 from drawing import rounded, thinned, thinned_steps
 
 from benchmarks.record import machine_record, read_log, write_result
+from dpo_minimal.extras.losses import check_loss
 
 FIGURES = Path(__file__).parents[1] / "figures"
 EXPERIMENTS = sorted(path.stem for path in (FIGURES / "results").glob("*.json"))
@@ -190,3 +192,20 @@ def test_a_thinned_curve_has_the_mean_of_each_15_whole_steps(count):
     found = thinned(rows, "loss")
     assert found == pytest.approx([sum(step**2 for step in group) / 15 for group in groups])
     assert thinned_steps(found) == [group[7] for group in groups]
+
+
+def test_the_court_hears_every_loss_in_every_condition_once():
+    whole, quick = [list(court.cases(quick)) for quick in (False, True)]
+    assert len(whole) == len(set(whole)) == 10 * 3 * 3 * 3
+    assert [name for name, _ in quick] == list(court.LOSSES)
+    for settings in court.LOSSES.values():
+        check_loss(settings)
+
+
+def test_the_courts_table_has_means_over_the_seeds():
+    seeds = [dict.fromkeys(court.COLUMNS, value) for value in (0.25, 0.5, 1.5)]
+    found = court.spread(seeds)
+    assert found["score"] == {"mean": 0.75, "min": 0.25, "max": 1.5}
+    lines = court.format_tables({"100 votes, clean": {"DPO": found}, "made": {}}).splitlines()
+    assert lines[1] == "100 votes, clean"
+    assert lines[5] == "| DPO | +0.75 | +0.75 | 0.75 | 0.75 | 75% | 75% | 75% | 75% | 0.75 |"

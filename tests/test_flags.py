@@ -13,10 +13,11 @@ import torch
 from test_train import TINY, command, metrics, preference_rows, write_rows
 
 import train
-from dpo_minimal import evaluate, forum, loop, run
+from dpo_minimal import evaluate, forum, loop, reference, run
 from dpo_minimal.batches import packed_order, pair_order
 from dpo_minimal.data import encode_pairs, encode_sft, load_splits
 from dpo_minimal.extras import report
+from dpo_minimal.extras.losses import LossSettings, loss_kinds
 from dpo_minimal.lora import lora_layers
 from dpo_minimal.loss import LOSSES
 from dpo_minimal.nf4 import NF4Linear
@@ -41,10 +42,13 @@ class Recorder:
 
     def __init__(self, patch):
         self.stages, self.losses, self.optimizers, self.saved, self.compared = {}, [], [], [], {}
-        self.compiled = []
+        self.compiled, self.references = [], []
         patch.setattr(train, "train", functools.partial(self.train, train.train))
         for module in (train, evaluate):
-            patch.setattr(module, "dpo_loss", functools.partial(self.loss, module.dpo_loss))
+            right = functools.partial(self.loss, module.preference_loss)
+            patch.setattr(module, "preference_loss", right)
+        right = functools.partial(self.reference, reference.reference_logps)
+        patch.setattr(reference, "reference_logps", right)
         patch.setattr(torch.optim, "AdamW", functools.partial(self.adamw, torch.optim.AdamW))
         patch.setattr(loop, "save_state", functools.partial(self.save, loop.save_state))
         patch.setattr(report, "compare", functools.partial(self.compare, report.compare))
@@ -79,9 +83,13 @@ class Recorder:
 
         right(model, replace(stage, collate=collate), settings, folder, resume, asked)
 
-    def loss(self, right, *logps, beta, label_smoothing, kind):
-        self.losses.append((beta, label_smoothing, kind))
-        return right(*logps, beta=beta, label_smoothing=label_smoothing, kind=kind)
+    def loss(self, right, *logps, lengths, settings):
+        self.losses.append(settings)
+        return right(*logps, lengths=lengths, settings=settings)
+
+    def reference(self, right, model, batch):
+        self.references += batch.indices
+        return right(model, batch)
 
     def adamw(self, right, parameters, **options):
         self.optimizers.append(options)
@@ -103,6 +111,7 @@ def recorded(tmp_path_factory, model_folder, data):
     flags = {
         "--beta": 0.37,
         "--label-smoothing": 0.2,
+        "--nll-weight": 0.3,
         "--learning-rate": 0.003,
         "--batch-size": 3,
         "--grad-accum": 2,
@@ -130,7 +139,8 @@ def switched(tmp_path_factory, model_folder, data):
     """(recorder, run folder) of a run with the switches, another loss, and epochs."""
     out = tmp_path_factory.mktemp("runs") / "switches"
     held = write_rows(out.parent / "held.jsonl", preference_rows(13))
-    flags = ["--loss", "ipo", "--epochs", 3, "--batch-size", 16, "--grad-accum", 1, "--compile"]
+    flags = ["--loss", "simpo", "--simpo-gamma", 0.75, "--epochs", 3, "--batch-size", 16]
+    flags += ["--grad-accum", 1, "--compile"]
     flags += ["--no-quantize", "--no-gradient-checkpointing", "--eval-data", held]
     with pytest.MonkeyPatch.context() as patch:
         recorder = Recorder(patch)
@@ -145,15 +155,22 @@ def steps_of(out, stage):
 
 def test_beta_label_smoothing_and_loss_reach_training_and_evaluation_alike(recorded, switched):
     # 4 steps of 2 batches, evaluations before steps 0 and 2 and behind the last, and at the end
-    assert recorded[0].losses == [(0.37, 0.2, "sigmoid")] * (4 * 2 + 3 + 1)
-    assert set(switched[0].losses) == {(0.1, 0.0, "ipo")}
+    asked = LossSettings(loss="sigmoid", beta=0.37, label_smoothing=0.2, nll_weight=0.3)
+    assert recorded[0].losses == [asked] * (4 * 2 + 3 + 1)
+    assert set(switched[0].losses) == {LossSettings(loss="simpo", beta=0.1, simpo_gamma=0.75)}
 
 
-@pytest.mark.parametrize("kind", LOSSES)
+def test_a_loss_without_a_reference_computes_none_and_leaves_none_for_others(recorded, switched):
+    assert recorded[0].references and list(recorded[1].glob("reference-*.pt"))
+    assert not switched[0].references and not list(switched[1].glob("reference-*.pt"))
+
+
+@pytest.mark.parametrize("kind", loss_kinds())
 def test_every_loss_of_the_table_is_a_choice_of_the_flag_and_has_its_line_of_help(kind):
     assert make_parser("").parse_args(["--loss", kind]).loss == kind
-    first_line = LOSSES[kind].__doc__.splitlines()[0]
-    assert f"{kind}: {first_line}" in make_parser("").format_help().replace("\n" + " " * 24, "\n")
+    assert f"{kind}: {loss_kinds()[kind]}" in make_parser("").format_help().replace(
+        "\n" + " " * 24, "\n"
+    )
 
 
 def test_every_flag_says_what_it_is():

@@ -269,6 +269,8 @@ def test_a_model_without_an_adapter_has_another_model_as_its_reference(
     assert float(cells(out, "merged")[4]) != 0
     out, _, _ = evaluate(capsys, *flags, "--reference", first_run / "merged")
     assert [float(x) for x in cells(out, "merged")[3:5]] == [0, 0]
+    out, _, _ = evaluate(capsys, *flags, "--loss", "simpo", "--beta", 2)  # which needs none
+    assert float(cells(out, "merged")[4]) != 0 and float(cells(out, "merged")[5]) > 0
 
 
 def test_every_variant_answers_the_prompts(tmp_path, capsys, first_run, model_folder):

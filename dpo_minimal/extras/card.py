@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from dpo_minimal.data import format_prompt
+from dpo_minimal.extras.losses import describe_loss, loss_settings
 from dpo_minimal.extras.plots import read_rows
 from dpo_minimal.extras.reading import read_json
 from dpo_minimal.extras.reuse import read_tables
@@ -106,9 +107,8 @@ def settings(run, product: str, base: str, held_out: dict) -> str:
     if args.sft_adapter and product != "base":
         rows["SFT"] = f"the adapter {Path(args.sft_adapter).resolve().name}, of somebody else"
     if product in ("dpo", "merged"):
-        smoothing = f", label smoothing {args.label_smoothing:g}" if args.label_smoothing else ""
         rows["DPO"] = steps_of(run.out, "dpo")
-        rows["loss"] = f"{args.loss}, beta {args.beta:g}{smoothing}"
+        rows["loss"] = describe_loss(loss_settings(vars(args)))
     lora = f"rank {args.lora_r}, alpha {args.lora_alpha:g}, dropout {args.lora_dropout:g}"
     if product != "base":
         rows["LoRA"] = f"{lora}, on {args.target_modules.replace(',', ', ')}"

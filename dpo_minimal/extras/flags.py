@@ -6,9 +6,9 @@ import torch
 
 from dpo_minimal import InputError
 from dpo_minimal.extras.command_line import real, refuse, whole, words
+from dpo_minimal.extras.losses import LossSettings, check_loss, loss_kinds, loss_settings
 from dpo_minimal.extras.presets import PRESETS
 from dpo_minimal.extras.trackers import TRACKERS
-from dpo_minimal.loss import LOSSES
 
 STAGES = ("pretrain", "sft", "dpo", "evaluate")
 
@@ -33,13 +33,17 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     files("--chat-template", type=words, metavar="FILE", help="Jinja, for a model without one")
     files("--track", choices=TRACKERS, help="show the metrics there as they come")
     files("--preset", choices=PRESETS, help="settings by name; stack-llama-2: the blog's own")
-    kinds = [f"{kind}: {(loss.__doc__ or '?').splitlines()[0]}" for kind, loss in LOSSES.items()]
-    losses = "\n".join(kinds).replace("%", "%%")  # argparse would fill in something after a %
+    kinds = loss_kinds()
+    losses = "\n".join(f"{kind}: {line}" for kind, line in kinds.items())
+    losses = losses.replace("%", "%%")  # argparse would fill in something after a %
     dpo = parser.add_argument_group("DPO").add_argument
     dpo("--beta", type=real(above=0), help="pull towards the reference (0.1; forum 1)")
-    dpo("--loss", choices=LOSSES, default="sigmoid", help=losses)
+    dpo("--loss", choices=kinds, default="sigmoid", help=losses)
     smoothing = real(low=0, below=0.5)
-    dpo("--label-smoothing", type=smoothing, default=0.0, help="cDPO: the share of wrong votes")
+    dpo("--label-smoothing", type=smoothing, default=0.0, help="cDPO, robust: share of wrong votes")
+    gamma = LossSettings.simpo_gamma
+    dpo("--simpo-gamma", type=real(low=0), default=gamma, help=f"SimPO's margin ({gamma})")
+    dpo("--nll-weight", type=real(low=0), default=0.0, help="RPO: of the chosen answer's NLL (0)")
     training = parser.add_argument_group("training; defaults differ by stage").add_argument
     training("--learning-rate", type=real(above=0, high=1), help="at the end of the warmup")
     training("--batch-size", type=whole(1), help="pairs, or packed rows, per forward pass")
@@ -80,8 +84,7 @@ def check_flags(args):
     check_template(args)
     if (args.chat_template or args.template == "chat") and not args.data:
         raise InputError("--template chat goes with --model and --data: the forum is no chat")
-    if args.label_smoothing and args.loss != "sigmoid":
-        raise InputError(f"--label-smoothing goes with --loss sigmoid, not {args.loss}")
+    check_loss(loss_settings(vars(args)))
     check_device(args.device)
 
 

@@ -8,13 +8,16 @@ it is the run's sft/. For a model without an adapter it may be another model, se
 """
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
+
+import torch
 
 from dpo_minimal import InputError
 from dpo_minimal.checkpoint import load_adapter, load_llama
 from dpo_minimal.data import encode_pairs, load_pairs
 from dpo_minimal.evaluate import one_epoch, preference_metrics
-from dpo_minimal.extras import passport, report
+from dpo_minimal.extras import losses, passport, report
 from dpo_minimal.extras.ask import read_questions
 from dpo_minimal.extras.command_line import real, refuse, temperature, whole
 from dpo_minimal.extras.flags import check_device
@@ -25,11 +28,10 @@ from dpo_minimal.formats.chat import chosen_template
 from dpo_minimal.formats.layout import data_parts
 from dpo_minimal.generate import sample_answers
 from dpo_minimal.lora import active_adapters
-from dpo_minimal.loss import LOSSES
 from dpo_minimal.reference import pair_logps
 from dpo_minimal.tokenizer import load_tokenizer
 
-DEFAULTS = {"beta": 0.1, "loss": "sigmoid", "label_smoothing": 0.0, "max_length": 1024}
+DEFAULTS = {**asdict(losses.LossSettings()), "max_length": 1024}
 COLUMNS = "| model | chosen likelier | logps/chosen | logps/rejected | accuracy | margin | loss |"
 
 
@@ -45,8 +47,10 @@ def make_parser() -> argparse.ArgumentParser:
     flag("--template", choices=("qa", "chat"), help="(the adapter's, else the model's own)")
     flag("--chat-template", metavar="FILE", help="a Jinja template")
     flag("--beta", type=real(above=0), help="of the rewards (0.1, or the run's)")
-    flag("--loss", choices=LOSSES, help="(sigmoid, or the run's)")
-    flag("--label-smoothing", type=real(low=0, below=0.5), help="cDPO: the share of wrong votes")
+    flag("--loss", choices=losses.loss_kinds(), help="(sigmoid, or the run's)")
+    flag("--label-smoothing", type=real(low=0, below=0.5), help="share of wrong votes")
+    flag("--simpo-gamma", type=real(low=0), help="SimPO's margin (0.5, or the run's)")
+    flag("--nll-weight", type=real(low=0), help="of the chosen answer's NLL (0, or the run's)")
     flag("--max-length", type=whole(1), help="tokens of prompt + answer (1024, or the run's)")
     flag("--batch-size", type=whole(1), default=4, help="pairs per forward pass")
     flag("--no-quantize", action="store_true", help="even under an adapter")
@@ -73,6 +77,9 @@ def settings_beside(folder) -> dict:
 def fill_in(args):
     """Set the flags that were not given: to those of the run beside, or to the usual ones."""
     saved = settings_beside(args.adapter or args.model)
+    if args.loss not in (None, saved.get("loss")):  # another loss: the run's settings are not its
+        of_loss = asdict(losses.LossSettings()).keys() - {"beta"}
+        saved = {name: value for name, value in saved.items() if name not in of_loss}
     for name, usual in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, saved.get(name, usual))
@@ -125,22 +132,22 @@ def measure_pairs(args, model, variants: dict, tokenizer, device, dtype) -> str:
     elif args.reference:
         other = load_llama(args.reference, device, dtype, quantize=None)
         ref = pair_logps(other, pairs, batches, device)
+    elif args.loss in losses.REFERENCE_FREE:
+        ref = torch.zeros(len(pairs), 2)  # which nothing looks at
     lines = [COLUMNS, "|---" * 7 + "|"]
     for label, policy in logps.items():
         chosen, rejected = policy.T
         numbers = f"{(chosen > rejected).float().mean():.3f} | {chosen.mean():.3f}"
         rest = "- | - | -"
         if label == last and ref is not None:
-            rest = rewards_of(args, policy, ref)
+            rest = rewards_of(args, policy, ref, losses.pair_lengths(pairs))
         lines.append(f"| {label} | {numbers} | {rejected.mean():.3f} | {rest} |")
     return "\n".join([*lines, f"\n{len(pairs):,} pairs of {args.data}, beta {args.beta:g}"])
 
 
-def rewards_of(args, policy, ref) -> str:
+def rewards_of(args, policy, ref, lengths) -> str:
     """Three cells: accuracy, margin and loss of a policy against its reference."""
-    metrics = preference_metrics(
-        policy, ref, beta=args.beta, label_smoothing=args.label_smoothing, kind=args.loss
-    )
+    metrics = preference_metrics(policy, ref, lengths, losses.loss_settings(vars(args)))
     accuracy, margin = metrics["rewards/accuracies"], metrics["rewards/margins"]
     return f"{accuracy:.3f} | {margin:+.4f} | {metrics['loss']:.4f}"
 
@@ -168,8 +175,7 @@ def main():
     if not args.model or not (args.data or args.prompts):
         raise InputError("give --model and --data or --prompts, or --verify RUN")
     fill_in(args)
-    if args.label_smoothing and args.loss != "sigmoid":
-        raise InputError(f"--label-smoothing goes with --loss sigmoid, not {args.loss}")
+    losses.check_loss(losses.loss_settings(vars(args)))
     tokenizer = load_tokenizer(args.model, chosen_template(args, args.adapter, args.model))
     model, variants = open_models(args, device, dtype)
     if args.data:

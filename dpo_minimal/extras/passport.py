@@ -22,11 +22,12 @@ from dpo_minimal.checkpoint import load_adapter, load_llama
 from dpo_minimal.data import encode_pairs, load_pairs
 from dpo_minimal.evaluate import one_epoch
 from dpo_minimal.extras import digest, large
+from dpo_minimal.extras.losses import loss_settings, pair_lengths, preference_loss
 from dpo_minimal.extras.reading import read_json
 from dpo_minimal.formats.chat import find_template
 from dpo_minimal.formats.safetensors import open_safetensors
 from dpo_minimal.lora import active_adapters
-from dpo_minimal.loss import dpo_loss, reward_metrics
+from dpo_minimal.loss import reward_metrics
 from dpo_minimal.reference import pair_logps
 from dpo_minimal.tokenizer import load_tokenizer
 
@@ -83,14 +84,10 @@ def round_again(model, seed: int = 0):
         weight.add_(moved.to(weight.device, weight.dtype))
 
 
-def values_of(policy, ref, flags: dict) -> dict[str, torch.Tensor]:
-    """{metric: [n]} of pairs, from log-probabilities [n, 2] (chosen, rejected)."""
-    losses, chosen_rewards, rejected_rewards = dpo_loss(
-        *policy.T,
-        *ref.T,
-        beta=flags["beta"],
-        label_smoothing=flags["label_smoothing"],
-        kind=flags["loss"],
+def values_of(policy, ref, lengths, flags: dict) -> dict[str, torch.Tensor]:
+    """{metric: [n]} of pairs, from log-probabilities and lengths [n, 2] (chosen, rejected)."""
+    losses, chosen_rewards, rejected_rewards = preference_loss(
+        *policy.T, *ref.T, lengths=lengths, settings=loss_settings(flags)
     )
     return {"loss": losses} | reward_metrics(*policy.T, chosen_rewards, rejected_rewards)
 
@@ -232,8 +229,10 @@ def check_numbers(passport: Passport, adapter, merged, quantize, encoded, device
     flags, pairs = passport.flags, encoded["base"]
     policy, ref = read_adapter(passport, adapter, pairs, device, quantize)
     from_merged, moved, width = read_merged(passport, merged, pairs, device)
-    values, of_merged = values_of(policy, ref, flags), values_of(from_merged, ref, flags)
-    bounds = tolerances(of_merged, values_of(moved, ref, flags))
+    values, of_merged, after_moving = (
+        values_of(logps, ref, pair_lengths(pairs), flags) for logps in (policy, from_merged, moved)
+    )
+    bounds = tolerances(of_merged, after_moving)
     narrow = same_arithmetic(bounds, values, width, passport.dtype)
     rows = compare("adapter", passport.held_out, values, narrow, NAMES)
     if "merged's tokens" in failed:
@@ -247,12 +246,21 @@ def check_numbers(passport: Passport, adapter, merged, quantize, encoded, device
     return rows + compare("merged", passport.held_out, of_merged, bounds, names)
 
 
+def encode_held_out(passport: Passport, texts, folders, log):
+    """The pairs in tokens of a model's folder, or of an adapter's on it; none if that fails."""
+    try:
+        tokenizer = open_tokenizer(*folders)
+        return encode_pairs(tokenizer, texts, passport.flags["max_length"], "held-out pairs", log)
+    except InputError as error:  # a tokenizer without the template's tokens, for example
+        log(f"warning   {folders[0]}: {error}")
+        return ()
+
+
 def check(passport: Passport, adapter, merged, data, device, unquantized, log=print):
     """(rows, reasons): what was compared, and in words what is wrong with what did not pass."""
     texts, encoded = read_texts(passport, data, log), {}
     for name, folders in {"base": (passport.base, adapter), "merged": (merged,)}.items():
-        tokenizer, most = open_tokenizer(*folders), passport.flags["max_length"]
-        encoded[name] = encode_pairs(tokenizer, texts, most, "held-out pairs", log)
+        encoded[name] = encode_held_out(passport, texts, folders, log)
     rows, reasons = check_inputs(passport, adapter, merged, unquantized, texts, encoded)
     failed = {row.what for row in rows if not row.passed}
     quantize = None if unquantized else "nf4"

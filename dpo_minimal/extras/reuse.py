@@ -14,6 +14,7 @@ import torch
 
 from dpo_minimal import InputError
 from dpo_minimal.extras import digest, parallel
+from dpo_minimal.extras.losses import REFERENCE_FREE
 from dpo_minimal.extras.reading import read_json, reading
 from dpo_minimal.files import read_sealed, whole_file, whole_folder, write_sealed
 from dpo_minimal.reference import new_table
@@ -55,7 +56,12 @@ def read_tables(path: Path) -> dict[str, torch.Tensor]:
 
 
 def known_tables(run, sizes: dict[str, int]) -> dict[str, torch.Tensor]:
-    """{name: float32 [n, 2]}: reference log-probabilities, NaN where nothing is known yet."""
+    """{name: float32 [n, 2]}: reference log-probabilities, NaN where nothing is known yet.
+
+    Zeros for a loss that does not look at them: then they count as known, and none is computed.
+    """
+    if run.args.loss in REFERENCE_FREE:
+        return {name: torch.zeros(n, 2) for name, n in sizes.items()}
     path, tables = tables_path(run), {name: new_table(n) for name, n in sizes.items()}
     if path.exists():
         for name, saved in read_tables(path).items():
@@ -66,7 +72,7 @@ def known_tables(run, sizes: dict[str, int]) -> dict[str, torch.Tensor]:
 
 def keep_tables(run, tables: dict[str, torch.Tensor]):
     """Write the tables beside the products, for --reuse; those of process 0 are enough."""
-    if parallel.first():
+    if parallel.first() and run.args.loss not in REFERENCE_FREE:
         data = io.BytesIO()
         torch.save(tables, data)
         write_sealed(tables_path(run), data.getvalue())

@@ -52,11 +52,13 @@ TRAIN = {
     "target-modules": one_of("all", "q_proj", "q_proj,v_proj", "up_proj"),
     "stage": one_of("pretrain", "sft", "dpo", "evaluate"),
     "preset": one_of("forum", "usual", "stack-llama-2"),
-    "loss": one_of("sigmoid", "ipo", "hinge"),
+    "loss": one_of("sigmoid", "ipo", "hinge", "robust", "apo_zero", "kto", "simpo", "orpo"),
     "dtype": one_of("float32", "bfloat16"),
     "device": one_of("cpu"),
     "beta": number(lambda x: 0 < x <= 1e9),
     "label-smoothing": number(lambda x: 0 <= x < 0.5),
+    "simpo-gamma": number(lambda x: 0 <= x <= 1e9),
+    "nll-weight": number(lambda x: 0 <= x <= 1e9),
     "learning-rate": number(lambda x: 0 < x <= 1),
     "epochs": number(lambda x: 0 < x <= 1e6),
     "lora-alpha": number(lambda x: 0 < x <= 1e9),
@@ -157,7 +159,11 @@ def train_flags(rng, folder, good, bad):
         spec.need(not ("no-sft" in has and ("sft-adapter" in has or values.get("stage") == "sft")))
         spec.need("model" in has or not {"no-sft", "sft-adapter"} & has)
         spec.need("preset" not in has or (values["preset"] == "forum") == ("data" not in has))
-        spec.need(not values.get("label-smoothing") or values.get("loss", "sigmoid") == "sigmoid")
+        kind, smoothed = values.get("loss", "sigmoid"), values.get("label-smoothing", 0) > 0
+        spec.need(kind in ("sigmoid", "robust") or not smoothed)
+        spec.need(kind != "robust" or smoothed)
+        spec.need(kind == "simpo" or values.get("simpo-gamma", 0.5) == 0.5)
+        spec.need(kind != "orpo" or not values.get("nll-weight"))
         first = ["sft", "dpo"] if "no-sft" not in has else ["dpo"]
         first = first[:1] if "model" in has else ["pretrain"]
         spec.need(values.get("stage", first[0]) == first[0], "the stage before is missing")
@@ -229,7 +235,8 @@ def check_saved(flag: str, value, before):
         spec.need(parsed({flag: right}, {flag: str(value)})[flag] == value, flag)
     elif value is None:
         never = {"beta", "max-length", "target-modules", "loss", "seed"}
-        never |= {"label-smoothing", "lora-r", "lora-alpha", "lora-dropout"}
+        never |= {"label-smoothing", "simpo-gamma", "nll-weight"}
+        never |= {"lora-r", "lora-alpha", "lora-dropout"}
         spec.need(flag not in never and flag.replace("-", "_") in KNOWN)
     else:
         spec.need(type(value) is bool and flag.replace("-", "_") in KNOWN)

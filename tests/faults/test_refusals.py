@@ -69,7 +69,12 @@ BAD_FLAGS = [
     ("--device mps", "--device mps", "no such GPU"),
     ("--device cuda:x", "--device cuda:x", "give cpu, cuda"),
     ("--device cuda:99", "--device cuda:99", "no such GPU"),
-    ("--loss simpo", "--loss", "invalid choice"),
+    ("--loss dpo", "--loss", "invalid choice"),
+    ("--loss robust", "--loss robust", "needs --label-smoothing"),
+    ("--loss ipo --label-smoothing 0.1", "--label-smoothing", "sigmoid or robust, not ipo"),
+    ("--simpo-gamma 1", "--simpo-gamma", "goes with --loss simpo, not sigmoid"),
+    ("--simpo-gamma -1", "--simpo-gamma", "at least 0"),
+    ("--loss orpo --nll-weight 1", "--nll-weight", "has that term already"),
     ("--modle x", "--modle", "unrecognized"),
 ]
 

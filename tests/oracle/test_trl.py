@@ -30,6 +30,7 @@ from oracles import (
 from dpo_minimal.batches import pair_batch
 from dpo_minimal.checkpoint import load_llama
 from dpo_minimal.data import EncodedPair, PreferencePair, encode_pair
+from dpo_minimal.extras.losses import LossSettings, batch_lengths, preference_loss
 from dpo_minimal.loop import Settings, Stage, learning_rate, train
 from dpo_minimal.lora import add_adapter, lora_layers
 from dpo_minimal.loss import dpo_loss, preference_logps, reward_metrics
@@ -45,6 +46,7 @@ trl = pytest.importorskip("trl", reason=NO_ORACLE)
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # theirs, about each other
 
 STEPS = 20
+SMOOTHING = 0.2  # of robust DPO
 CLOSE = 1e-5  # roundings of 6e-8, carried through 20 steps of Adam
 SETTINGS = Settings(learning_rate=2e-3, batch_size=4, epochs=STEPS, max_steps=STEPS, warmup_steps=4)
 COMPARED = [
@@ -89,11 +91,8 @@ def word_tokenizer():
     )
 
 
-class Trainer(trl.DPOTrainer):
-    """TRL's trainer over pairs of ids in their order, with our schedule."""
-
-    def _prepare_dataset(self, dataset, *_):
-        return dataset
+class InOrder:
+    """A trainer that takes pairs in their order, with our schedule."""
 
     def _get_train_sampler(self, dataset=None):
         return torch.utils.data.SequentialSampler(dataset or self.train_dataset)
@@ -106,16 +105,47 @@ class Trainer(trl.DPOTrainer):
         return self.lr_scheduler
 
 
+class Trainer(InOrder, trl.DPOTrainer):
+    """TRL's trainer over pairs of ids."""
+
+    def _prepare_dataset(self, dataset, *_):
+        return dataset
+
+
 def trl_trainer(folder, pairs, kind, beta, quantize, grad_accum, out):
     """A Trainer over the folder's model with a new float32 adapter on all linear layers."""
     rows = [{f"{name}_ids": ids for name, ids in pair._asdict().items()} for pair in pairs]
-    adapter = peft.LoraConfig(
+    settings = trl.DPOConfig(
+        loss_type=kind,
+        label_smoothing=SMOOTHING if kind == "robust" else 0.0,
+        beta=beta,
+        **trainer_settings(grad_accum, out),
+    )
+    trainer = Trainer(
+        trl_model(folder, quantize),
+        args=settings,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=word_tokenizer(),
+        peft_config=new_adapter(),
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return trainer
+
+
+def new_adapter():
+    """PEFT's settings of an adapter on all linear layers."""
+    return peft.LoraConfig(
         r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    settings = trl.DPOConfig(
+
+
+def trainer_settings(grad_accum, out) -> dict:
+    """SETTINGS in the words of TRL's trainers."""
+    return dict(
         output_dir=str(out),
-        loss_type=kind,
-        beta=beta,
         per_device_train_batch_size=SETTINGS.batch_size // grad_accum,
         gradient_accumulation_steps=grad_accum,
         max_steps=STEPS,
@@ -129,18 +159,6 @@ def trl_trainer(folder, pairs, kind, beta, quantize, grad_accum, out):
         use_cpu=True,
         disable_tqdm=True,
     )
-    trainer = Trainer(
-        trl_model(folder, quantize),
-        args=settings,
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=word_tokenizer(),
-        peft_config=adapter,
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return trainer
 
 
 def our_model(folder, trainer, quantize):
@@ -182,22 +200,23 @@ class InTurn:
 def train_ours(model, pairs, kind, beta, grad_accum, out):
     """The DPO stage of train.py, and the rows of its metrics.jsonl."""
     table = new_table(len(pairs))
+    settings = LossSettings(kind, beta, label_smoothing=SMOOTHING if kind == "robust" else 0.0)
 
     def objective(model, batch):
         policy = torch.stack(preference_logps(model, batch))  # [2, B]
         ref = known_reference_logps(model, batch, table).T  # [2, B]
-        losses, chosen, rejected = dpo_loss(*policy, *ref, beta=beta, kind=kind)
+        lengths = batch_lengths(batch)  # [B, 2]
+        losses, chosen, rejected = preference_loss(
+            *policy, *ref, lengths=lengths, settings=settings
+        )
         if kind == "ipo":  # of means over the answers' tokens, as TRL has it
-            rejected_tokens = batch.rejected.sum(dim=1)
-            lengths = torch.stack((batch.loss_mask.sum(dim=1) - rejected_tokens, rejected_tokens))
-            losses, _, _ = dpo_loss(*policy / lengths, *ref / lengths, beta=beta, kind=kind)
+            losses, _, _ = dpo_loss(*policy / lengths.T, *ref / lengths.T, beta=beta, kind=kind)
         return losses, reward_metrics(*policy, chosen, rejected)
 
     collate = partial(pair_batch, pairs, device="cpu")
     stage = Stage("dpo", objective, InTurn(len(pairs)), collate, tables={"training": table})
     size = SETTINGS.batch_size // grad_accum
-    settings = replace(SETTINGS, batch_size=size, grad_accum=grad_accum)
-    train(model, stage, settings, out)
+    train(model, stage, replace(SETTINGS, batch_size=size, grad_accum=grad_accum), out)
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -210,7 +229,10 @@ def difference(ours, theirs, name):
 @pytest.mark.parametrize("quantize", [False, True], ids=["float32", "nf4"])
 @pytest.mark.parametrize(
     ("kind", "beta", "grad_accum"),
-    [("sigmoid", 0.1, 1), ("sigmoid", 0.5, 2), ("ipo", 0.1, 1), ("hinge", 0.1, 1)],
+    [
+        *[("sigmoid", 0.1, 1), ("sigmoid", 0.5, 2), ("ipo", 0.1, 1), ("hinge", 0.1, 1)],
+        *[("robust", 0.1, 1), ("apo_zero", 0.5, 1)],
+    ],
 )
 def test_20_steps_agree_with_trl(tmp_path, kind, beta, grad_accum, quantize):
     transformers_llama(tmp_path / "base")

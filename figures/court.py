@@ -1,0 +1,252 @@
+"""The court of losses: all from the same SFT and the same votes, judged by the truth.
+
+    python figures/court.py [--draw]     the whole: 270 policies, hours; an interrupted run goes on
+    python figures/court.py --quick      each loss once, briefly, to see that all of it works
+
+Each loss has one setting, chosen beforehand and not searched for. The number of steps is the same
+however many votes there are, so that nothing but the votes differs. Each policy gives two points of
+reward against KL: renormalized over the 15 answers of a question (exact), and as it really speaks
+(sampled, with whatever it garbles). Measured policies are kept in runs/figures/court, so delete
+that after changing a loss. Base and SFT are made first if they are not there, in some minutes.
+"""
+
+import hashlib
+import itertools
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import torch
+import tuning as t
+import world as w
+from drawing import BLUE, GREY, ORANGE, RESULTS, draw_result, label, rounded
+
+from benchmarks.record import machine_record, script_parser, write_result
+from dpo_minimal.batches import pair_batch, pair_order
+from dpo_minimal.data import EncodedPair
+from dpo_minimal.extras.losses import REFERENCE_FREE, LossSettings, batch_lengths, preference_loss
+from dpo_minimal.extras.reading import read_json
+from dpo_minimal.extras.report import win_rate
+from dpo_minimal.files import write_json
+from dpo_minimal.generate import sample_answers
+from dpo_minimal.loop import Settings, Stage, train
+from dpo_minimal.loss import preference_logps, reward_metrics
+from dpo_minimal.reference import known_reference_logps, new_table
+
+# beta 1 is the forum's. SimPO's is 16, about the mean length, because it is of means per token.
+LOSSES = {
+    "DPO": LossSettings("sigmoid", 1.0),
+    "cDPO 0.3": LossSettings("sigmoid", 1.0, label_smoothing=0.3),
+    "robust 0.3": LossSettings("robust", 1.0, label_smoothing=0.3),
+    "IPO 0.2": LossSettings("ipo", 0.2),
+    "hinge": LossSettings("hinge", 1.0),
+    "DPO + NLL": LossSettings("sigmoid", 1.0, nll_weight=1.0),
+    "SimPO": LossSettings("simpo", 16.0, simpo_gamma=0.5),
+    "ORPO": LossSettings("orpo", 1.0),
+    "KTO": LossSettings("kto", 1.0),
+    "APO-zero": LossSettings("apo_zero", 1.0),
+}
+VOTES = {  # what is wrong with the votes
+    "clean": t.Recipe(),
+    "30% wrong": t.Recipe(flipped=0.3),
+    "for length": t.Recipe(points_per_word=0.5),
+}
+COUNTS = (100, 1000, 3600)  # the last is all of them
+SEEDS = (0, 1, 2)
+COLUMNS = {
+    "score": ("true score", "{:+.2f}"),
+    "sampled_true_score": ("as it speaks", "{:+.2f}"),
+    "kl": ("KL", "{:.2f}"),
+    "sampled_kl": ("as it speaks", "{:.2f}"),
+    "share_of_gain": ("share of the gain", "{:.0%}"),
+    "mass": ("mass on the 15", "{:.0%}"),
+    "sampled_share_garbled": ("garbled", "{:.0%}"),
+    "wins": ("wins against SFT", "{:.0%}"),
+    "seconds_per_step": ("s per step", "{:.2f}"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One policy: its measurements depend on nothing else."""
+
+    settings: LossSettings
+    votes: str
+    count: int
+    seed: int = 0
+    steps: int = 113  # an epoch of all votes
+    batch_size: int = 32
+    questions: int = 60  # held-out ones, for measurements
+
+
+def cases(quick: bool):
+    """(name of the loss, Case) of all policies, those that compare most first."""
+    if quick:
+        for name, settings in LOSSES.items():
+            yield name, Case(settings, "clean", COUNTS[-1], steps=8, batch_size=16, questions=10)
+        return
+    for seed, count, votes in itertools.product(SEEDS, reversed(COUNTS), VOTES):
+        for name, settings in LOSSES.items():
+            yield name, Case(settings, votes, count, seed)
+
+
+def measured(world, case: Case, sft_texts) -> dict[str, float]:
+    """Tune a policy and measure it, or read the measurements if that was done before."""
+    folder = w.RUN / "court" / hashlib.sha256(repr(case).encode()).hexdigest()[:16]
+    if not (folder / "result.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        model, seconds = tune(world, case, folder)
+        found = {"seconds_per_step": seconds / case.steps} | judge(world, case, model, sft_texts)
+        write_json(folder / "result.json", found)
+    return read_json(folder / "result.json")
+
+
+def tune(world, case: Case, folder):
+    """(the policy, seconds of its training), as train.py does it: with the reference's pass."""
+    recipe = replace(VOTES[case.votes], seed=case.seed)
+    votes = t.draw_votes(world, recipe)[: case.count]
+    pairs = [
+        EncodedPair(world.tokens[q][0], *(world.tokens[q][1 + y] for y in ys)) for q, *ys in votes
+    ]
+    model = t.start_policy(recipe)
+    is_free = case.settings.loss in REFERENCE_FREE
+    table = torch.zeros(len(pairs), 2) if is_free else new_table(len(pairs))
+
+    def objective(model, batch):
+        policy_chosen_logps, policy_rejected_logps = preference_logps(model, batch)  # [B] each
+        ref_chosen_logps, ref_rejected_logps = known_reference_logps(model, batch, table).T
+        losses, chosen_rewards, rejected_rewards = preference_loss(
+            policy_chosen_logps,
+            policy_rejected_logps,
+            ref_chosen_logps,
+            ref_rejected_logps,
+            lengths=batch_lengths(batch),
+            settings=case.settings,
+        )
+        return losses, reward_metrics(
+            policy_chosen_logps, policy_rejected_logps, chosen_rewards, rejected_rewards
+        )
+
+    order = pair_order(pairs, case.batch_size, case.seed)
+    stage = Stage("dpo", objective, order, partial(pair_batch, pairs, device="cpu"))
+    rate = t.Recipe().learning_rate
+    settings = Settings(rate, case.batch_size, epochs=1e6, max_steps=case.steps)
+    started = time.perf_counter()
+    train(model, stage, settings, folder)
+    return model, time.perf_counter() - started
+
+
+def judge(world, case: Case, model, sft_texts) -> dict[str, float]:
+    """A policy's two points on held-out questions, and its wins against SFT's answers."""
+    questions = w.asked(world)["held_out"][: case.questions]
+    ref, scores = (w.stack(table, questions) for table in (t.reference_table(world), world.scores))
+    found = w.exact_with_share(w.answer_logps(model, world, questions), ref, scores)
+    sampled, texts = t.measure_samples(model, world, questions)
+    return found | sampled | {"wins": win_rate(questions, texts, sft_texts[: len(texts)])}
+
+
+def sft_answers(world) -> list[str]:
+    """SFT's sampled answers to the held-out questions. Kept in a file."""
+    path = w.RUN / "court" / "sft.json"
+    if not path.exists():
+        model = t.start_policy(t.Recipe())  # a new adapter changes nothing yet
+        questions = w.asked(world)["held_out"]
+        ids = sample_answers(model, world.tokenizer, questions, 64, seed=0)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"texts": [world.tokenizer.decode(answer).strip() for answer in ids]})
+    return read_json(path)["texts"]
+
+
+def compute(quick: bool) -> dict:
+    """{condition: {loss: measurements}}, means over the seeds, with the lowest and the highest."""
+    world = w.open_world()
+    sft_texts, found = sft_answers(world), {}
+    for name, case in cases(quick):
+        values = measured(world, case, sft_texts)
+        seeds = found.setdefault(f"{case.count:,} votes, {case.votes}", {}).setdefault(name, [])
+        seeds.append(values)
+        print(f"measured  {case.count:,} votes, {case.votes}, seed {case.seed}: {name}", flush=True)
+    questions = w.asked(world)["held_out"]
+    ref, scores = (w.stack(table, questions) for table in (t.reference_table(world), world.scores))
+    data = {"losses": {name: asdict(settings) for name, settings in LOSSES.items()}}
+    data["frontier"] = w.frontier(ref, scores, [0.1 * 1.25**i for i in range(28)])
+    return data | {
+        condition: {name: spread(seeds) for name, seeds in losses.items()}
+        for condition, losses in found.items()
+    }
+
+
+def spread(seeds: list[dict]) -> dict[str, dict]:
+    """{metric: mean, lowest, highest over the seeds}."""
+    found = {}
+    for metric in seeds[0]:
+        values = [values[metric] for values in seeds]
+        mean = sum(values) / len(values)
+        found[metric] = {"mean": mean, "min": min(values), "max": max(values)}
+    return found
+
+
+def conditions(data: dict) -> dict[str, dict]:
+    """The parts of the result that are conditions."""
+    return {name: part for name, part in data.items() if " votes, " in name}
+
+
+def format_tables(data: dict) -> str:
+    """A Markdown table for each condition, means over the seeds."""
+    lines, titles = [], [title for title, _ in COLUMNS.values()]
+    for condition, losses in conditions(data).items():
+        lines += ["", condition, "", f"| loss | {' | '.join(titles)} |"]
+        lines.append("|---" * (1 + len(COLUMNS)) + "|")
+        for name, found in losses.items():
+            cells = [form.format(found[m]["mean"]) for m, (_, form) in COLUMNS.items()]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(data, plt):
+    """A panel per condition: the frontier, and two points per loss with a line between them."""
+    parts = conditions(data)
+    columns = min(3, len(parts))
+    rows = -(-len(parts) // columns)
+    size = (4.4 * columns, 3.8 * rows)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    curve = list(reversed(data["frontier"]))
+    for axis, (condition, losses) in zip(grid.flat, parts.items(), strict=True):
+        axis.plot([p["kl"] for p in curve], [p["score"] for p in curve], color=GREY, zorder=1)
+        for name, found in losses.items():
+            exact, spoken = (
+                [found[f"{prefix}{metric}"]["mean"] for metric in metrics]
+                for prefix, metrics in (("", ("kl", "score")), ("sampled_", ("kl", "true_score")))
+            )
+            axis.plot(*zip(exact, spoken, strict=True), ":", color=GREY, linewidth=0.8)
+            axis.plot(*exact, "o", color=BLUE, markersize=4)
+            axis.plot(*spoken, "o", color=ORANGE, markersize=4)
+            label(axis, *exact, name, BLUE)
+        axis.set(title=condition, xlim=(-0.2, 4))
+    figure.supxlabel("KL to SFT, nats an answer")
+    figure.supylabel("true score")
+    figure.suptitle("Ten losses: over the 15 answers (blue), and as they really speak (orange)")
+    return figure
+
+
+def main():
+    """Write figures/results/court.json and draw figures/court.svg; --quick writes neither."""
+    parser = script_parser(__doc__)
+    parser.add_argument("--draw", action="store_true", help="only draw the existing JSON file")
+    parser.add_argument("--quick", action="store_true", help="eight steps per loss, no figure")
+    args = parser.parse_args()
+    path = RESULTS / "court.json"
+    if args.quick:
+        print(format_tables(compute(quick=True)))
+        return
+    if not args.draw:
+        write_result(path, rounded({"made": machine_record()} | compute(quick=False)))
+    print(format_tables(json.loads(path.read_text("utf-8"))))
+    draw_result(path, draw)
+
+
+if __name__ == "__main__":
+    main()
