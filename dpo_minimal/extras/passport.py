@@ -24,15 +24,13 @@ from dpo_minimal.evaluate import one_epoch
 from dpo_minimal.extras import digest, large
 from dpo_minimal.extras.losses import loss_settings, pair_lengths, preference_loss
 from dpo_minimal.extras.reading import read_json
+from dpo_minimal.extras.rounding import NAMES, TIMES, round_again, same_arithmetic, tolerances
 from dpo_minimal.formats.chat import find_template
 from dpo_minimal.formats.safetensors import open_safetensors
 from dpo_minimal.lora import active_adapters
 from dpo_minimal.loss import reward_metrics
 from dpo_minimal.reference import pair_logps
 from dpo_minimal.tokenizer import load_tokenizer
-
-TIMES = 3
-NAMES = ("logps/chosen", "logps/rejected", "rewards/margins", "rewards/accuracies", "loss")
 
 
 class Row(NamedTuple):
@@ -68,50 +66,12 @@ def contains(adapter, first) -> bool:
     return True
 
 
-@torch.no_grad()
-def round_again(model, seed: int = 0):
-    """Move weights that are in bfloat16's steps by as much as rounding to them did, in place.
-
-    Rounding errors are uniform within half a step, so their variance is 1/12 of a squared step. One
-    weight in 12 is moved by a whole step, up or down, which has the same variance.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for weight in model.parameters():
-        exponent = weight.float().frexp().exponent.cpu()
-        step = torch.ldexp(torch.ones(weight.shape), exponent - 8)  # 8 bits
-        drawn = torch.rand(weight.shape, generator=generator)
-        moved = step * ((drawn < 1 / 24).float() - (drawn > 23 / 24).float())
-        weight.add_(moved.to(weight.device, weight.dtype))
-
-
 def values_of(policy, ref, lengths, flags: dict) -> dict[str, torch.Tensor]:
     """{metric: [n]} of pairs, from log-probabilities and lengths [n, 2] (chosen, rejected)."""
     losses, chosen_rewards, rejected_rewards = preference_loss(
         *policy.T, *ref.T, lengths=lengths, settings=loss_settings(flags)
     )
     return {"loss": losses} | reward_metrics(*policy.T, chosen_rewards, rejected_rewards)
-
-
-def tolerances(values: dict, moved: dict) -> dict[str, float]:
-    """How far each mean over pairs may be off; moved: the values after another rounding."""
-    bounds = {}
-    for name in NAMES:
-        bounds[name] = TIMES * float((moved[name] - values[name]).square().mean().sqrt())
-    # A pair's rank may change where its margin is as small as that.
-    unsure = values["rewards/margins"].abs() <= bounds["rewards/margins"]
-    bounds["rewards/accuracies"] = float(unsure.float().mean())
-    return bounds
-
-
-def same_arithmetic(bounds: dict, values: dict, width: int, dtype) -> dict[str, float]:
-    """The tolerances of the adapter, from those of rounded weights. width: of the widest sum."""
-    if dtype == torch.bfloat16:  # there activations are rounded as coarsely as weights
-        return bounds
-    narrower = width**0.5 * 2**-15
-    last_place = 8 * 2**-24 * float(values["logps/chosen"].abs().max())  # sums of many tokens
-    narrow = {name: bound * narrower + last_place for name, bound in bounds.items()}
-    unsure = values["rewards/margins"].abs() <= narrow["rewards/margins"]
-    return narrow | {"rewards/accuracies": float(unsure.float().mean())}
 
 
 # --- what is read -----------------------------------------------------------------------------
@@ -252,6 +212,8 @@ def encode_held_out(passport: Passport, texts, folders, log):
         tokenizer = open_tokenizer(*folders)
         return encode_pairs(tokenizer, texts, passport.flags["max_length"], "held-out pairs", log)
     except InputError as error:  # a tokenizer without the template's tokens, for example
+        if folders[0] == passport.base:
+            raise
         log(f"warning   {folders[0]}: {error}")
         return ()
 
