@@ -172,6 +172,7 @@ def dpo(run: Run, model, pairs, held_out):
     tell(f"dpo       {len(held_out):,} pairs are held out")
     add_run_adapter(run, model, "dpo")
     args, settings = run.args, run.settings_for("dpo", len(pairs))
+    loss = loss_settings(vars(args))
     tables = reuse.known_tables(run, {"training": len(pairs), "held-out": len(held_out)})
 
     def objective(model, batch):
@@ -184,7 +185,7 @@ def dpo(run: Run, model, pairs, held_out):
             ref_chosen_logps,
             ref_rejected_logps,
             lengths=batch_lengths(batch),
-            settings=loss_settings(vars(args)),
+            settings=loss,
         )
         return losses, reward_metrics(
             policy_chosen_logps, policy_rejected_logps, chosen_rewards, rejected_rewards

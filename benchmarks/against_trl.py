@@ -47,7 +47,15 @@ from pathlib import Path
 import torch
 from models import model_folder
 from our_side import run_ours
-from record import machine_record, python_command, script_parser, settings_record, write_result
+from record import (
+    in_turn,
+    machine_record,
+    python_command,
+    script_parser,
+    settings_record,
+    spread,
+    write_result,
+)
 from same_task import make_batches, pair_tokens
 from step import peak_memory
 
@@ -94,8 +102,7 @@ def main():
     rounds, load = [], os.getloadavg()[0]
     for number in range(args.rounds):
         rounds.append({})
-        # Every second round goes backwards, so that a machine that slows down favours no side.
-        for side in sides if number % 2 == 0 else sides[::-1]:
+        for side in in_turn(sides, number):
             rounds[-1][side] = run_side(side, args)
             print(f"round {number + 1}  {side:12}  {short(rounds[-1][side])}", flush=True)
         write(args, load, summarize(sides, rounds), rounds)  # each round, in case time runs out
@@ -189,8 +196,7 @@ def summarize(sides, rounds) -> dict:
             continue
         for key in ("tokens_per_second", "tokens_per_second_with_reference"):
             ratios = [round_[ours][key] / round_[theirs][key] for round_ in both]
-            spread = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
-            summary["ratios"].setdefault(f"{ours} / {theirs}", {})[key] = spread
+            summary["ratios"].setdefault(f"{ours} / {theirs}", {})[key] = spread(ratios)
     return summary
 
 

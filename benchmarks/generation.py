@@ -14,17 +14,14 @@ our side the unpacking of the weights, which every pass does again.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import tempfile
 import time
 from pathlib import Path
 
 import torch
 from models import model_folder
-from record import machine_record, python_command, script_parser, settings_record, write_result
-from step import peak_memory, reset_peak, wait
+from record import in_turn, machine_record, script_parser, settings_record, spread, write_result
+from step import peak_memory, reset_peak, run_alone, wait
 
 from dpo_minimal.checkpoint import load_llama
 from dpo_minimal.extras import sampling
@@ -52,7 +49,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--out", help="benchmarks/results/generation-NAME.json")
     # Only for its own child processes, one per side and round:
     add("--side", choices=SIDES, help=argparse.SUPPRESS)
-    add("--report", help=argparse.SUPPRESS)
     return parser
 
 
@@ -61,14 +57,14 @@ def main():
     args = make_parser().parse_args()
     if args.side:
         torch.set_num_threads(args.threads)
-        Path(args.report).write_text(json.dumps(measure(args)))
+        print(json.dumps(measure(args)))
         return
     folder = model_folder(args.model, args.scratch)
     name = args.out or f"generation-{Path(args.model).name.replace(':', '-')}.json"
     out, rounds = Path(__file__).parent / "results" / name, []
     for number in range(args.rounds):
         rounds.append({})
-        for side in args.sides if number % 2 == 0 else args.sides[::-1]:
+        for side in in_turn(args.sides, number):
             rounds[-1][side] = run_side(side, folder, args)
             print(f"round {number + 1}  {side:12}  {short(rounds[-1][side])}", flush=True)
         record = {"machine": machine_record(), "arguments": settings_record(args)}
@@ -78,15 +74,11 @@ def main():
 
 def run_side(side: str, folder, args) -> dict:
     """The figures of one side in one round, from a new process."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
-    with tempfile.TemporaryDirectory() as scratch:
-        report = Path(scratch) / "report.json"
-        flags = ["--side", side, "--report", report, "--model", folder, "--device", args.device]
-        flags += ["--rows", *args.rows, "--dtypes", *args.dtypes, "--threads", args.threads]
-        flags += ["--prompt", args.prompt, "--new", args.new]
-        command = python_command(__file__, *flags)
-        subprocess.run(command, env=environment, check=True, stderr=subprocess.DEVNULL)
-        return json.loads(report.read_text())
+    flags = ["--side", side, "--model", folder, "--device", args.device]
+    flags += ["--rows", *args.rows, "--dtypes", *args.dtypes, "--threads", args.threads]
+    flags += ["--prompt", args.prompt, "--new", args.new]
+    quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    return run_alone("generation.py", flags, OMP_NUM_THREADS=str(args.threads), **quiet)
 
 
 def measure(args) -> dict:
@@ -176,8 +168,7 @@ def summarize(sides, rounds) -> dict:
                 continue
             theirs = [round_["transformers"][name]["tokens_per_second"] for round_ in rounds]
             ratios = [our / their for our, their in zip(speeds, theirs, strict=True)]
-            spread = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
-            summary["ratios"][f"{side}, {name}"] = spread
+            summary["ratios"][f"{side}, {name}"] = spread(ratios)
     return summary
 
 

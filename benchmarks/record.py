@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -50,6 +51,19 @@ def read_log(path) -> dict[str, tuple[list[dict], list[dict]]]:
         is_evaluation = short.keys() != row.keys()
         stages.setdefault(row["stage"], ([], []))[is_evaluation].append(short)
     return stages
+
+
+def in_turn(sides: list, number: int) -> list:
+    """The order of the sides in a round: every second one goes backwards.
+
+    So a machine that slows down favours no side.
+    """
+    return sides if number % 2 == 0 else sides[::-1]
+
+
+def spread(values) -> dict[str, float]:
+    """The median of some values, the smallest and the largest."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 # --- results ----------------------------------------------------------------------------------

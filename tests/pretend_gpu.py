@@ -64,7 +64,7 @@ class GPUTensor(torch.Tensor):
 class PretendGPU(TorchDispatchMode):
     """The device within a `with`; see above. waits: {"file:line operation": times}."""
 
-    name = "cudalike:0"
+    name = "cudapretend:0"
 
     def __init__(self):
         super().__init__()

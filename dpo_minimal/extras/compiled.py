@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dpo_minimal import InputError
+from dpo_minimal.extras.reading import first_line
 
 
 def check_compiler(device: str):
@@ -50,7 +51,7 @@ def compiled_dequantize(device: torch.device):
         packed = torch.zeros(4, 32, dtype=torch.uint8, device=device)
         fused(packed, torch.ones(4, device=device), torch.bfloat16, [float(i) for i in range(16)])
     except Exception as error:  # of Triton, the C compiler, the driver: of any class
-        reason = next(iter(str(error).split("\n")), "")[:80]
+        reason = first_line(error)[:80]
         print(f"warning   no compiler for the GPU, 4-bit layers are slower ({reason})", flush=True)
         return None
     return fused

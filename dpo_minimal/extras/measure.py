@@ -23,6 +23,7 @@ from dpo_minimal.extras.command_line import real, refuse, temperature, whole
 from dpo_minimal.extras.flags import check_device
 from dpo_minimal.extras.machine import device_and_dtype
 from dpo_minimal.extras.reading import read_json
+from dpo_minimal.extras.sampling import ready_to_sample
 from dpo_minimal.files import whole_file
 from dpo_minimal.formats.chat import chosen_template
 from dpo_minimal.formats.layout import data_parts
@@ -156,11 +157,12 @@ def answer_prompts(args, model, variants: dict, tokenizer) -> str:
     """Every variant's answer to each line of a file, as Markdown."""
     questions, answers = read_questions(args.prompts), {}
     sampling = dict(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
-    for label, names in variants.items():
-        print(f"answer    {label}, {len(questions)} questions", flush=True)
-        with active_adapters(model, names):
-            ids = sample_answers(model, tokenizer, questions, args.max_new_tokens, **sampling)
-        answers[label] = [tokenizer.decode(answer).strip() for answer in ids]
+    with ready_to_sample(model):  # once for all variants
+        for label, names in variants.items():
+            print(f"answer    {label}, {len(questions)} questions", flush=True)
+            with active_adapters(model, names):
+                ids = sample_answers(model, tokenizer, questions, args.max_new_tokens, **sampling)
+            answers[label] = [tokenizer.decode(answer).strip() for answer in ids]
     return report.format_samples(questions, answers)
 
 

@@ -70,17 +70,20 @@ def compare(model, tokenizer, questions, device, max_new_tokens, seed, judged, l
     longest, context = max(map(len, prompts)), model.config.max_position_embeddings
     if longest + max_new_tokens > context:
         log(f"warning   a question has {longest} tokens: its answers end at the context, {context}")
-    for name, adapters in variants(model).items():
-        log(f"evaluate  {name} answers {len(questions)} held-out questions")
-        with ready_to_sample(model), active_adapters(model, adapters):
-            ids = sample_answers(model, tokenizer, questions, max_new_tokens, seed=seed)
-            first = sample_answers(model, tokenizer, questions[:8], max_new_tokens, temperature=0)
-            kl = kl_estimate(model, reference, prompts, ids, device)
-        sampled[name] = [tokenizer.decode(answer).strip() for answer in ids]
-        greedy[name] = [tokenizer.decode(answer).strip() for answer in first]
-        table[name] = {"kl_to_sft" if reference else "kl_to_base": kl}
-        if judged:
-            table[name] |= judge_answers(questions, sampled[name])
+    with ready_to_sample(model):  # once for all of them
+        for name, adapters in variants(model).items():
+            log(f"evaluate  {name} answers {len(questions)} held-out questions")
+            with active_adapters(model, adapters):
+                ids = sample_answers(model, tokenizer, questions, max_new_tokens, seed=seed)
+                first = sample_answers(
+                    model, tokenizer, questions[:8], max_new_tokens, temperature=0
+                )
+                kl = kl_estimate(model, reference, prompts, ids, device)
+            sampled[name] = [tokenizer.decode(answer).strip() for answer in ids]
+            greedy[name] = [tokenizer.decode(answer).strip() for answer in first]
+            table[name] = {"kl_to_sft" if reference else "kl_to_base": kl}
+            if judged:
+                table[name] |= judge_answers(questions, sampled[name])
     if judged:
         rate = win_rate(questions, sampled["DPO"], sampled["SFT"])
         table["DPO"]["win_rate_against_sft"] = rate
