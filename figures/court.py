@@ -1,28 +1,32 @@
 """The court of losses: all from the same SFT and the same votes, judged by the truth.
 
-    python figures/court.py [--draw]     the whole: 270 policies, hours; an interrupted run goes on
+    python figures/court.py [--draw]     the whole: 140 policies, each on one core; about 80 minutes
+                                         of two slow cores. An interrupted run goes on
     python figures/court.py --quick      each loss once, briefly, to see that all of it works
 
-Each loss has one setting, chosen beforehand and not searched for. The number of steps is the same
-however many votes there are, so that nothing but the votes differs. Each policy gives two points of
-reward against KL: renormalized over the 15 answers of a question (exact), and as it really speaks
-(sampled, with whatever it garbles). Measured policies are kept in runs/figures/court, so delete
-that after changing a loss. Base and SFT are made first if they are not there, in some minutes.
+Each loss has one setting, chosen beforehand and not searched for; a sweep then tries a third and
+three times of its beta. The number of steps is the same however many votes there are, so that
+nothing but the votes differs. Each policy gives two points of reward against KL: renormalized over
+the 15 answers of a question (exact), and as it really speaks (sampled, with whatever it garbles).
+Measured policies are kept in runs/figures/court, so delete that after changing a loss. Base and SFT
+are made first if they are not there, in some minutes.
 """
 
 import hashlib
 import itertools
 import json
+import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 import tuning as t
 import world as w
 from drawing import BLUE, GREY, ORANGE, RESULTS, draw_result, label, rounded
 
-from benchmarks.record import machine_record, script_parser, write_result
+from benchmarks.record import in_turn, machine_record, script_parser, write_result
 from dpo_minimal.batches import pair_batch, pair_order
 from dpo_minimal.data import EncodedPair
 from dpo_minimal.extras.losses import REFERENCE_FREE, LossSettings, batch_lengths, preference_loss
@@ -52,7 +56,7 @@ VOTES = {  # what is wrong with the votes
     "30% wrong": t.Recipe(flipped=0.3),
     "for length": t.Recipe(points_per_word=0.5),
 }
-COUNTS = (100, 1000, 3600)  # the last is all of them
+FEW, ALL = 100, 1600  # votes; 1600 are one epoch
 SEEDS = (0, 1, 2)
 COLUMNS = {
     "score": ("true score", "{:+.2f}"),
@@ -63,7 +67,6 @@ COLUMNS = {
     "mass": ("mass on the 15", "{:.0%}"),
     "sampled_share_garbled": ("garbled", "{:.0%}"),
     "wins": ("wins against SFT", "{:.0%}"),
-    "seconds_per_step": ("s per step", "{:.2f}"),
 }
 
 
@@ -72,46 +75,67 @@ class Case:
     """One policy: its measurements depend on nothing else."""
 
     settings: LossSettings
-    votes: str
-    count: int
+    votes: str = "clean"
+    count: int = ALL
     seed: int = 0
-    steps: int = 113  # an epoch of all votes
-    batch_size: int = 32
+    steps: int = 100
+    batch_size: int = 16
     questions: int = 60  # held-out ones, for measurements
+
+    def condition(self) -> str:
+        """What the votes are like."""
+        return f"{self.count:,} votes, {self.votes}"
 
 
 def cases(quick: bool):
-    """(name of the loss, Case) of all policies, those that compare most first."""
+    """(name of the loss, Case) of all policies: each loss, each condition, each seed."""
     if quick:
         for name, settings in LOSSES.items():
-            yield name, Case(settings, "clean", COUNTS[-1], steps=8, batch_size=16, questions=10)
+            yield name, Case(settings, steps=8, questions=10)
         return
-    for seed, count, votes in itertools.product(SEEDS, reversed(COUNTS), VOTES):
+    conditions = [*((votes, ALL) for votes in VOTES), ("clean", FEW)]
+    for seed, (votes, count) in itertools.product(SEEDS, conditions):
         for name, settings in LOSSES.items():
             yield name, Case(settings, votes, count, seed)
 
 
-def measured(world, case: Case, sft_texts) -> dict[str, float]:
-    """Tune a policy and measure it, or read the measurements if that was done before."""
-    folder = w.RUN / "court" / hashlib.sha256(repr(case).encode()).hexdigest()[:16]
-    if not (folder / "result.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        model, seconds = tune(world, case, folder)
-        found = {"seconds_per_step": seconds / case.steps} | judge(world, case, model, sft_texts)
-        write_json(folder / "result.json", found)
-    return read_json(folder / "result.json")
+def sweep_cases():
+    """(name, Case): each loss with a third and three times its beta, one seed."""
+    for factor, (name, settings) in itertools.product((1 / 3, 3), LOSSES.items()):
+        beta = settings.beta * factor
+        yield f"{name}, beta {beta:.2g}", Case(replace(settings, beta=beta))
 
 
-def tune(world, case: Case, folder):
-    """(the policy, seconds of its training), as train.py does it: with the reference's pass."""
-    recipe = replace(VOTES[case.votes], seed=case.seed)
-    votes = t.draw_votes(world, recipe)[: case.count]
+def case_folder(case: Case) -> Path:
+    """Where a policy's log and measurements are."""
+    return w.RUN / "court" / hashlib.sha256(repr(case).encode()).hexdigest()[:16]
+
+
+def measure(case: Case):
+    """Tune a policy and keep its measurements in a file, unless that was done before."""
+    folder = case_folder(case)
+    if (folder / "result.json").exists():
+        return
+    world = w.open_world()
+    folder.mkdir(parents=True, exist_ok=True)
+    votes = draw_votes(world, case)
+    reference = t.reference_table(world)
+    table = torch.tensor([[reference[q][y] for y in ys] for q, *ys in votes]).float()
+    model = tune(world, case, votes, table, folder)
+    write_json(folder / "result.json", judge(world, case, model, sft_answers(world)))
+
+
+def draw_votes(world, case: Case) -> list[tuple[str, int, int]]:
+    """The case's votes, (question, winner, loser). They are drawn by its seed."""
+    return t.draw_votes(world, replace(VOTES[case.votes], seed=case.seed))[: case.count]
+
+
+def tune(world, case: Case, votes, table, folder):
+    """The policy after training. table: the reference's log-probabilities, NaN if not known yet."""
     pairs = [
         EncodedPair(world.tokens[q][0], *(world.tokens[q][1 + y] for y in ys)) for q, *ys in votes
     ]
-    model = t.start_policy(recipe)
-    is_free = case.settings.loss in REFERENCE_FREE
-    table = torch.zeros(len(pairs), 2) if is_free else new_table(len(pairs))
+    model = t.start_policy(t.Recipe(seed=case.seed))
 
     def objective(model, batch):
         policy_chosen_logps, policy_rejected_logps = preference_logps(model, batch)  # [B] each
@@ -131,10 +155,24 @@ def tune(world, case: Case, folder):
     order = pair_order(pairs, case.batch_size, case.seed)
     stage = Stage("dpo", objective, order, partial(pair_batch, pairs, device="cpu"))
     rate = t.Recipe().learning_rate
-    settings = Settings(rate, case.batch_size, epochs=1e6, max_steps=case.steps)
-    started = time.perf_counter()
-    train(model, stage, settings, folder)
-    return model, time.perf_counter() - started
+    train(model, stage, Settings(rate, case.batch_size, epochs=1e6, max_steps=case.steps), folder)
+    return model
+
+
+def seconds_per_step(world, rounds: int = 3, steps: int = 6) -> dict[str, float]:
+    """{loss: seconds}, the least of some rounds in turn, with the reference's pass where needed."""
+    found = dict.fromkeys(LOSSES, float("inf"))
+    names = itertools.chain(*(in_turn(list(LOSSES), number) for number in range(rounds)))
+    for name in names:
+        case = Case(LOSSES[name], steps=steps)
+        votes = draw_votes(world, case)
+        is_free = case.settings.loss in REFERENCE_FREE
+        table = torch.zeros(len(votes), 2) if is_free else new_table(len(votes))
+        with tempfile.TemporaryDirectory() as folder:
+            started = time.perf_counter()
+            tune(world, case, votes, table, Path(folder))
+            found[name] = min(found[name], (time.perf_counter() - started) / steps)
+    return found
 
 
 def judge(world, case: Case, model, sft_texts) -> dict[str, float]:
@@ -161,17 +199,22 @@ def sft_answers(world) -> list[str]:
 def compute(quick: bool) -> dict:
     """{condition: {loss: measurements}}, means over the seeds, with the lowest and the highest."""
     world = w.open_world()
-    sft_texts, found = sft_answers(world), {}
-    for name, case in cases(quick):
-        values = measured(world, case, sft_texts)
-        seeds = found.setdefault(f"{case.count:,} votes, {case.votes}", {}).setdefault(name, [])
-        seeds.append(values)
-        print(f"measured  {case.count:,} votes, {case.votes}, seed {case.seed}: {name}", flush=True)
+    sft_answers(world), t.reference_table(world)  # made once, before the processes start
+    heard, sweep = list(cases(quick)), [] if quick else list(sweep_cases())
+    seconds = seconds_per_step(world, rounds=1 if quick else 3)
+    w.on_all_cores(measure, [case for _, case in heard + sweep])
+    found = {}
+    for name, case in heard:
+        result = read_json(case_folder(case) / "result.json")
+        found.setdefault(case.condition(), {}).setdefault(name, []).append(result)
     questions = w.asked(world)["held_out"]
     ref, scores = (w.stack(table, questions) for table in (t.reference_table(world), world.scores))
-    data = {"losses": {name: asdict(settings) for name, settings in LOSSES.items()}}
-    data["frontier"] = w.frontier(ref, scores, [0.1 * 1.25**i for i in range(28)])
-    return data | {
+    return {
+        "losses": {name: asdict(settings) for name, settings in LOSSES.items()},
+        "seconds_per_step": seconds,
+        "frontier": w.frontier(ref, scores, [0.1 * 1.25**i for i in range(28)]),
+        "sweep": {name: read_json(case_folder(case) / "result.json") for name, case in sweep},
+    } | {
         condition: {name: spread(seeds) for name, seeds in losses.items()}
         for condition, losses in found.items()
     }
@@ -199,9 +242,15 @@ def format_tables(data: dict) -> str:
         lines += ["", condition, "", f"| loss | {' | '.join(titles)} |"]
         lines.append("|---" * (1 + len(COLUMNS)) + "|")
         for name, found in losses.items():
-            cells = [form.format(found[m]["mean"]) for m, (_, form) in COLUMNS.items()]
+            cells = [cell(found[metric], form) for metric, (_, form) in COLUMNS.items()]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def cell(found: dict, form: str) -> str:
+    """A mean with the lowest and the highest behind it."""
+    mean, low, high = (form.format(found[name]) for name in ("mean", "min", "max"))
+    return f"{mean} ({low} to {high})"
 
 
 def draw(data, plt):

@@ -7,8 +7,12 @@ Shapes: Q questions, Y = 15 answers to each.
 """
 
 import math
+import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -36,6 +40,7 @@ class World:
     scores: dict[str, torch.Tensor]  # question: true scores, float64 [Y]
 
 
+@cache
 def open_world() -> World:
     """The world of seed 0. Its base model and SFT are made by train.py if they are not there."""
     for stage, product in (("pretrain", "base"), ("sft", "sft")):
@@ -53,6 +58,16 @@ def open_world() -> World:
         list(dict.fromkeys(row["question"] for row in parts[part])) for part in ("rl", "evaluation")
     )
     return World(tokenizer, known, held_out, tokens, scores)
+
+
+def on_all_cores(work, cases):
+    """work(case) of each case, in as many processes as there are cores, one thread in each."""
+    started = ProcessPoolExecutor(
+        os.cpu_count(), get_context("spawn"), torch.set_num_threads, initargs=(1,)
+    )
+    with started as pool:
+        for done, _ in enumerate(pool.map(work, cases), start=1):
+            print(f"measured  {done} of {len(cases)}", flush=True)
 
 
 def asked(world: World) -> dict[str, list[str]]:
