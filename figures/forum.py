@@ -56,8 +56,8 @@ def draw(data: dict, plt):
     axes[1].set_title("The margin opens mostly downwards")
     axes[1].set_ylabel("reward (nats)")
     curve(axes[2], "rewards/accuracies", PURPLE, "accuracy", half, below=True)
-    axes[2].axhline(data["vote_bound"], color=GREY, linestyle=":")
-    label(axes[2], 0, data["vote_bound"], "the truth itself", GREY, (2, 4))
+    axes[2].axhline(data["truth"]["accuracy"], color=GREY, linestyle=":")
+    label(axes[2], 0, data["truth"]["accuracy"], "the truth itself", GREY, (2, 4))
     axes[2].set_title("Accuracy ends where the votes' noise begins")
     for axis in axes:
         axis.set_xlabel("step (dots: held-out pairs)")
