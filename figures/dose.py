@@ -233,7 +233,7 @@ def draw_map(axis, betas, rates, scores, sft):
         for right, up in ((1, 0), (0, 1)):  # a line to a neighbour on the other side of SFT
             if x + right < len(rates) and y + up < len(betas):
                 other = cells[y + up][x + right]
-                if (cells[y][x] < sft) != (other < sft):
+                if (cells[y][x] >= sft) != (other >= sft):  # a stopped run is below, too
                     ends = ([x + 1, x + 1], [y, y + 1]) if right else ([x, x + 1], [y + 1, y + 1])
                     axis.plot(*ends, color="black", linewidth=2.5)
     axis.set(xlabel="learning rate")
@@ -255,6 +255,7 @@ def draw_signals(axis, signals: dict):
     axis.set_yticks(range(len(names)), list(reversed(names)))
     axis.set(xlim=(0, 1.4), xlabel="AUC: P(a bad point looks worse than a good one)")
     axis.set_xticks([0, 0.25, 0.5, 0.75, 1])
+    axis.grid(axis="y", visible=False)
     axis.set_title("signals of a run without a judge (orange: the judge's own)")
 
 
