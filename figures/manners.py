@@ -153,7 +153,8 @@ def show(data: dict) -> str:
             lines.append(f"| {title}, {stage} | {' | '.join(cells)} |")
     for group, title in GROUPS.items():
         rises = [gains(data)[column][group] for column in COLUMNS]
-        cells = [form.format(rise) for rise, (_, form) in zip(rises, COLUMNS.values(), strict=True)]
+        forms = [form.replace("{:.", "{:+.") for _, form in COLUMNS.values()]
+        cells = [form.format(rise) for rise, form in zip(rises, forms, strict=True)]
         lines.append(f"| {title}, DPO − SFT | {' | '.join(cells)} |")
     return "\n".join(lines)
 
