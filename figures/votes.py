@@ -123,7 +123,7 @@ def kept_votes(votes, case: Case) -> list[tuple[str, int, int]]:
         dropped = worst(suspicions(margins)["mean margin"], DROPPED)
     elif case.kept == "honest":
         dropped = {i for i, (kind, *_) in enumerate(votes) if kind not in HONEST}
-    return [vote for i, (_, *vote) in enumerate(votes) if i not in dropped]
+    return [tuple(vote) for i, (_, *vote) in enumerate(votes) if i not in dropped]
 
 
 def measure(case: Case):
