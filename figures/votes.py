@@ -155,7 +155,7 @@ def tune(case: Case, folder) -> dict:
 def compute(quick: bool) -> dict:
     """For each seed how well each ranking finds each kind, what was dropped, and the policies."""
     e.prepare()
-    size = dict(votes=48, epochs=2, questions=6) if quick else {}
+    size = dict(votes=32, epochs=2, questions=4) if quick else {}
     seeds = SEEDS[:1] if quick else SEEDS
     every = [{kept: Case(seed, kept, **size) for kept in KEPT} for seed in seeds]
     # What is dropped by margin is known when the policies of all votes are there.
