@@ -30,17 +30,17 @@ def rounded(value, digits: int = 5):
     return [rounded(item, digits) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def main(name: str, description: str, compute, draw):
+def main(name: str, description: str, compute, draw, digits: int = 5):
     """Write figures/results/NAME.json from compute(), then draw figures/NAME.svg with draw().
 
-    With --draw the JSON file that is there is drawn again.
+    With --draw the JSON file that is there is drawn again. digits: see `rounded`.
     """
     parser = script_parser(description)
     parser.add_argument("--draw", action="store_true", help="only draw the existing JSON file")
     args = parser.parse_args()
     path = RESULTS / f"{name}.json"
     if not args.draw:
-        write_result(path, rounded({"made": machine_record()} | compute()))
+        write_result(path, rounded({"made": machine_record()} | compute(), digits))
     draw_result(path, draw)
 
 
