@@ -4,8 +4,9 @@
 
 The JSON file has every station: the row, the text, the tokens, the row that both answers share, the
 log-probability of each token, the four sums, delta, the loss (beta 1) and the gradient; before DPO,
-after one step on this pair alone, and after 100 steps of 16 pairs, this one among them. It takes
-about two minutes. Base and SFT are made first if they are not there, in some minutes more.
+after one step on this pair alone, and after 100 steps of 16 pairs, this one among them. The pair
+was chosen because it is short and goes well; so the file also has delta of all votes of its kind.
+It takes about two minutes. Base and SFT are made first if they are not there, in some minutes more.
 """
 
 import tempfile
@@ -13,17 +14,17 @@ import tempfile
 import court
 import torch
 import world as w
-from drawing import BLUE, GREY, ORANGE, label, main
+from drawing import BLUE, GREY, main
 
 from dpo_minimal import forum
 from dpo_minimal.batches import answer_rows, pair_batch
 from dpo_minimal.data import EncodedPair, PreferencePair, encode_pair, format_prompt
 from dpo_minimal.extras.losses import LossSettings
-from dpo_minimal.loss import dpo_loss, preference_logps, sequence_logps, token_logps
 from dpo_minimal.lora import active_adapters
-from dpo_minimal.reference import new_table
+from dpo_minimal.loss import dpo_loss, preference_logps, sequence_logps, token_logps
+from dpo_minimal.reference import batch_logps, new_table, reference_logps
 
-ROW = 3055  # of the votes: right and plain won against polite but wrong; SFT likes the other more
+ROW = 239  # of the votes: right but plain won against polite but wrong, which SFT finds likelier
 BETA = 1.0
 LOSS = LossSettings("sigmoid", BETA)
 CASES = {  # policies: how long each was tuned, on how many votes
@@ -40,7 +41,14 @@ def compute() -> dict:
     row = rows[ROW]
     pair = PreferencePair(row["question"], row["response_j"], row["response_k"])
     encoded = encode_pair(world.tokenizer, pair, max_length=128)
-    votes = [as_vote(row), *(as_vote(other) for other in rows if other is not row)]
+    votes = [as_vote(row) for row in rows]
+    kind = [i for i, vote in enumerate(votes) if vote[1:] == votes[ROW][1:]]
+    stations = {}
+    for name, case in CASES.items():
+        model = tuned(world, case, votes[: case.count] if case.steps > 1 else [votes[ROW]])
+        stations[name] = measure(model, encoded) | {
+            "deltas_of_its_kind": [delta_of(world, model, votes[i]) for i in kind]
+        }
     return {
         "row": row,
         "true_scores": {
@@ -55,10 +63,8 @@ def compute() -> dict:
         },
         "tokens": {name: tokens_of(world, ids) for name, ids in encoded._asdict().items()},
         "shared_row": shared_row(encoded),
-    } | {
-        name: measure(tuned(world, case, votes[: case.count]), encoded)
-        for name, case in CASES.items()
-    }
+        "rows_of_its_kind": kind,
+    } | stations
 
 
 def tuned(world, case, votes):
@@ -71,6 +77,15 @@ def as_vote(row: dict) -> tuple[str, int, int]:
     """A row of the votes as (question, number of the winner, number of the loser)."""
     answers = forum.candidates(row["question"])
     return row["question"], answers.index(row["response_j"]), answers.index(row["response_k"])
+
+
+def delta_of(world, model, vote) -> float:
+    """delta of any vote, with the adapter sft as the reference."""
+    question, winner, loser = vote
+    prompt, *answers = world.tokens[question]
+    batch = pair_batch([EncodedPair(prompt, answers[winner], answers[loser])], [0], "cpu")
+    chosen, rejected = (batch_logps(model, batch) - reference_logps(model, batch))[0]
+    return float(chosen - rejected)
 
 
 def tokens_of(world, ids: list[int]) -> dict[str, list]:
@@ -175,12 +190,14 @@ def draw(data, plt):
             logps = data[stage]["token_logps"]["policy"][answer]
             total = data[stage]["sums"][f"policy_{answer}_logps"]
             axis.plot(logps, "o-", color=colour, linewidth=1, markersize=5)
-            label(axis, 0, 0, "", colour)
             axis.plot([], [], "o-", color=colour, label=f"{stage}: sum {total:.2f}")
-        axis.set_xticks(range(len(pieces)), [piece.replace("▁", "␣") for piece in pieces], rotation=60)
-        axis.legend(loc="lower right", frameon=False, fontsize=8.5)
+        axis.set_xticks(
+            range(len(pieces)), [piece.replace("▁", "␣") for piece in pieces], rotation=60
+        )
+        axis.legend(loc="lower center", frameon=False, fontsize=8.5)
         axis.set_title(f"{answer}: “{data['text'][answer].strip()}”", fontsize=9.5)
     axes[0].set_ylabel("log π of the token, nats")
+    figure.suptitle("One pair, token by token: a few tokens decide, and the sums follow")
     return figure
 
 
