@@ -50,8 +50,8 @@ def test_a_picture_says_how_it_was_made_and_stays_within_its_white_page(name):
         x, y, w, h = (float(part.get(key)) for key in ("x", "y", "width", "height"))
         assert 0 <= x <= x + w <= width and 0 <= y <= y + h <= height
     for part in root.iter(f"{space}text"):
-        # 0.66 of the size per letter is more than DejaVu Sans takes on average.
-        length = 0.66 * float(part.get("font-size")) * len(part.text)
+        # 0.6 of the size per letter is more than DejaVu Sans takes on average.
+        length = 0.6 * float(part.get("font-size")) * len(part.text)
         start = {"start": 0, "middle": length / 2, "end": length}[part.get("text-anchor")]
         turned = "transform" in part.attrib
         assert turned or float(part.get("x")) - start >= -8
