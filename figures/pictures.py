@@ -186,20 +186,21 @@ def tilt() -> str:
     products = [p * f for p, f in zip(ref, factors, strict=True)]
     z = sum(products)
     panels = [
-        ("the reference π_ref", ref, "sum 1", 1.0, GREY, "×"),
-        ("the tilt e^(r/β)", factors, "r = 0, 1, 2; β = 1", 8.0, PURPLE, "="),
-        ("their product", products, f"sum Z = {z:.3f}", 1.0, ORANGE, "÷ Z ="),
-        ("the optimum π*", [p / z for p in products], "sum 1", 1.0, BLUE, " "),
+        ("the reference π_ref", ref, "sum 1", 1.0, GREY, ""),
+        ("the tilt e^(r/β)", factors, "r = 0, 1, 2; β = 1", 8.0, PURPLE, "×"),
+        ("their product", products, f"sum Z = {z:.3f}", 1.0, ORANGE, "="),
+        ("the optimum π*", [p / z for p in products], "sum 1", 1.0, BLUE, "÷ Z ="),
     ]
     parts, bottom, height = [], 232, 140
-    for i, (title, values, note, full, colour, then) in enumerate(panels):
+    for i, (title, values, note, full, colour, before) in enumerate(panels):
         x = 16 + 200 * i
         parts += [
             svg.text(x, 60, title, 12.5, colour, font_weight="bold"),
             svg.line(x, bottom, x + 144, bottom, GREY),
             svg.text(x + 72, bottom + 38, note, 11, GREY, "middle"),
-            svg.text(x + 172, bottom - 60, then, 17, anchor="middle"),
         ]
+        if before:
+            parts.append(svg.text(x - 28, bottom - 60, before, 17, anchor="middle"))
         for k, value in enumerate(values):
             tall, at = height * value / full, x + 8 + 46 * k
             parts += [
