@@ -2,7 +2,7 @@
 
     python figures/pictures.py
 
-pipeline, two_models, tilt and nf4_code come from this file alone, and shared_row from
+pipeline, two_models, tilt and nf4 come from this file alone, and shared_prompt from
 figures/results/one_pair.json. Made again they are the same to the byte, which a test checks.
 """
 
@@ -132,7 +132,7 @@ def layer(x: float, on: bool) -> list[str]:
     ]
 
 
-def shared_row() -> str:
+def shared_prompt() -> str:
     """The real row of figures/one_pair.py: who sees whom, positions, and what is scored."""
     path = RESULTS / "one_pair.json"
     data = json.loads(path.read_text("utf-8"))
@@ -212,7 +212,7 @@ def tilt() -> str:
     return svg.document(776, 286, ABOUT, title, parts)
 
 
-def nf4_code() -> str:
+def nf4() -> str:
     """The 16 values of NF4 under the normal density, and the equal masses between them."""
     code = NF4_CODE.tolist()
     normal = NormalDist()
@@ -253,7 +253,7 @@ def nf4_code() -> str:
     return svg.document(780, 322, ABOUT, title, parts)
 
 
-PICTURES = [pipeline, two_models, shared_row, tilt, nf4_code]
+PICTURES = [pipeline, two_models, shared_prompt, tilt, nf4]
 
 
 def main():

@@ -58,9 +58,9 @@ def test_a_picture_says_how_it_was_made_and_stays_within_its_white_page(name):
         assert turned or float(part.get("x")) - start + length <= width + 8, part.text
 
 
-def test_the_shared_row_is_drawn_from_the_pair():
+def test_the_shared_prompt_is_drawn_from_the_pair():
     digest = hashlib.sha256((FIGURES / "results" / "one_pair.json").read_bytes()).hexdigest()
-    assert f"drawn from one_pair.json, sha256 {digest}" in picture("shared_row")
+    assert f"drawn from one_pair.json, sha256 {digest}" in picture("shared_prompt")
 
 
 def test_the_tilt_has_the_numbers_worked_by_hand():
@@ -75,11 +75,11 @@ def test_the_values_of_nf4_are_the_published_ones():
     published = [-1, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0,
                  0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568,
                  1]  # fmt: skip
-    numbers = [words for words in texts("nf4_code") if re.fullmatch(r"-?\d\.\d{3}", words)]
+    numbers = [words for words in texts("nf4") if re.fullmatch(r"-?\d\.\d{3}", words)]
     assert numbers == [f"{value:.3f}" for value in published]
     # (0.9677 - 0.5) / 7 and / 8
-    assert any("6.7%" in words for words in texts("nf4_code"))
-    assert any("5.8%" in words for words in texts("nf4_code"))
+    assert any("6.7%" in words for words in texts("nf4"))
+    assert any("5.8%" in words for words in texts("nf4"))
 
 
 def test_lengths_are_short_and_zero_has_no_sign():
