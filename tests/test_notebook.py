@@ -82,7 +82,7 @@ def test_every_code_cell_was_executed_in_order_and_shows_its_output(notebook):
 
 def test_a_changed_or_missing_output_is_noticed(notebook, outputs):
     for n, cell in enumerate(code_cells(notebook), start=1):
-        for text in (committed(cell).replace("e", "o", 1), ""):
+        for text in (committed(cell) + "5", ""):
             changed = copy.deepcopy(notebook)
             code_cells(changed)[n - 1]["outputs"] = [{"text": [text]}]
             assert different(changed, outputs) == [n]

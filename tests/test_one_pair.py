@@ -1,7 +1,7 @@
 """figures/results/one_pair.json, recomputed from its rows and its numbers per token, in NumPy.
 
-Nothing of the package computes here, so that the file, which the tutorial walks through, is checked
-by a second hand. Each check is then given files with a mistake in them.
+The package computes none of the sums here, so that the file, which the tutorial walks through, is
+checked by a second hand. Each check is then given files with a mistake in them.
 """
 
 import copy
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from dpo_minimal import forum
+from dpo_minimal.tokenizer import train_tokenizer
 
 FILE = Path(__file__).parents[1] / "figures" / "results" / "one_pair.json"
 DATA = json.loads(FILE.read_text("utf-8"))
@@ -150,6 +151,14 @@ def test_the_pair_is_a_vote_of_the_forum_and_its_scores_are_those_of_the_rules()
     # Right +2 and plain; wrong -1 and polite +1.
     assert DATA["true_scores"] == {"chosen": 2, "rejected": 0}
     assert DATA["row"]["response_k"].startswith("Good question!")
+
+
+def test_the_ids_are_those_of_the_tokenizer_that_train_py_makes(tmp_path):
+    threads = [row["text"] for row in forum.make_forum(0)["pretrain"]]
+    tokenizer = train_tokenizer(threads, 1024, tmp_path / "tokenizer.model")
+    for name, part in DATA["tokens"].items():
+        assert tokenizer.decode(part["ids"]) == DATA["text"][name].strip()
+        assert [tokenizer.model.id_to_piece(i) for i in part["ids"]] == part["pieces"]
 
 
 def test_a_step_on_the_pair_moves_it_the_right_way_and_its_kind_has_it_in_its_list():
