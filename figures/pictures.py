@@ -22,32 +22,33 @@ from dpo_minimal.nf4 import NF4_CODE
 
 HERE = Path(__file__).parent
 ABOUT = "made by figures/pictures.py"
+# What is in each box, and the file that makes it, or its colour and the step before it.
+STATIONS = [
+    (["a row of a file", "question, response_j,", "response_k"], "formats/rows.py"),
+    (["a pair of texts", "prompt, chosen,", "rejected"], "data.py"),
+    (["token ids", "one row: prompt +", "chosen + rejected"], "batches.py"),
+    (["log-probabilities", "per token, summed", "per answer: log π(y|x)"], "loss.py"),
+    (["δ and the loss", "−log σ(βδ), from", "four sums"], "loss.py"),
+]
+STAGES = [
+    (["base", "reads text;", "stored in 4 bits"], GREY, ""),
+    (["+ adapter sft", "learns to answer", "as the data do"], GREEN, "SFT"),
+    (["+ adapter dpo", "learns what", "people prefer"], BLUE, "DPO"),
+    (["merged", "one plain model,", "for other programs"], svg.INK, "export"),
+]
 
 
 def pipeline() -> str:
     """What a pair becomes on its way to the adapter, and what the model becomes stage by stage."""
     parts = [svg.text(16, 58, "What a pair becomes", 12, GREY)]
-    stations = [
-        (["a row of a file", "question, response_j,", "response_k"], "formats/rows.py"),
-        (["a pair of texts", "prompt, chosen,", "rejected"], "data.py"),
-        (["token ids", "one row: prompt +", "chosen + rejected"], "batches.py"),
-        (["log-probabilities", "per token, summed", "per answer: log π(y|x)"], "loss.py"),
-        (["δ and the loss", "−log σ(βδ), from", "four sums"], "loss.py"),
-    ]
-    for i, (lines, file) in enumerate(stations):
+    for i, (lines, file) in enumerate(STATIONS):
         x = 16 + 176 * i
         parts.append(svg.box(x, 70, 150, 66, lines, size=11))
         parts.append(svg.text(x + 75, 152, file, 10.5, GREY, "middle"))
         if i:
             parts.append(svg.arrow(x - 26, 103, x - 2, 103))
     parts.append(svg.text(16, 318, "What the model becomes", 12, GREY))
-    stages = [
-        (["base", "reads text;", "stored in 4 bits"], GREY, ""),
-        (["+ adapter sft", "learns to answer", "as the data do"], GREEN, "SFT"),
-        (["+ adapter dpo", "learns what", "people prefer"], BLUE, "DPO"),
-        (["merged", "one plain model,", "for other programs"], svg.INK, "export"),
-    ]
-    for i, (lines, colour, step) in enumerate(stages):
+    for i, (lines, colour, step) in enumerate(STAGES):
         x = 16 + 226 * i
         parts.append(svg.box(x, 330, 150, 66, lines, colour, size=11))
         if i:
@@ -148,12 +149,7 @@ def shared_prompt() -> str:
             svg.turned(x + 10, top - 20, shown, 90, 10.5, colour),
             svg.text(x + 6.5, top - 6, str(row["positions"][i]), 8, colour, "middle"),
         ]
-        for other in colours:
-            seen = [k for k in range(i + 1) if row["mask"][i][k] == "1"]
-            seen = [k for k in seen if row["segments"][k] == other]
-            if seen:  # always without a gap
-                area = size * len(seen) - 1, size - 1
-                parts.append(svg.rectangle(left + size * seen[0], y, *area, colours[other]))
+        parts += seen_cells(row, i, colours, (left, y, size))
         scored = left + size * len(pieces) + 8
         if row["loss_mask"][i]:
             parts.append(svg.rectangle(scored, y, size - 1, size - 1, GREEN))
@@ -177,6 +173,18 @@ def shared_prompt() -> str:
     about = f"{ABOUT}, drawn from {path.name}, sha256 {digest}"
     title = f"One row for a pair: {len(pieces)} tokens, and which of them each one sees"
     return svg.document(scored + 190, top + size * len(pieces) + 16, about, title, parts)
+
+
+def seen_cells(row: dict, i: int, colours: dict[str, str], place) -> list[str]:
+    """A bar per part of the row that token i sees. place: x of the row, y of the line, size."""
+    (left, y, size), parts = place, []
+    for name, colour in colours.items():
+        seen = [k for k in range(i + 1) if row["mask"][i][k] == "1"]
+        seen = [k for k in seen if row["segments"][k] == name]
+        if seen:  # always without a gap
+            area = size * len(seen) - 1, size - 1
+            parts.append(svg.rectangle(left + size * seen[0], y, *area, colour))
+    return parts
 
 
 def tilt() -> str:
