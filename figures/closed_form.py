@@ -119,7 +119,7 @@ LOOKS = {
     "best of": (GREEN, "^", (-6, 4)),
     "SFT": (PURPLE, "v", (7, -9)),
 }
-SPOKEN_OFFSETS = {"variants": (8, 0), "IPO": (-7, -9)}
+SPOKEN_OFFSETS = {"variants": (2, 26), "IPO": (-7, -9)}
 
 
 def groups(part: dict) -> dict:
