@@ -421,7 +421,9 @@ def wrong_figures(text):
 def missing_names(text):
     """Files, tests and links of the text that are not there."""
     quoted = re.findall(r"`([\w./-]+)`", text)
-    files = {q for q in quoted if re.search(r"\w/[\w/]*\w\.(py|md|json)$|^\w+\.(py|md|txt)$", q)}
+    files = {
+        q for q in quoted if re.search(r"\w/[\w/]*\w\.(py|md|json|ipynb)$|^\w+\.(py|md|txt)$", q)
+    }
     files |= {q.rstrip("/") for q in quoted if re.match(r"(dpo_minimal|tests|figures|bench)", q)}
     links = re.findall(r"\]\((?!https?:)([\w/-]+\.\w+)", text)
     known = "\n".join(path.read_text("utf-8") for path in ROOT.glob("tests/**/*.py"))
