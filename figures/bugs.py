@@ -10,7 +10,7 @@ import sys
 import time
 
 import world as w
-from drawing import BLUE, GREY, RED, main
+from drawing import BLUE, GREY, ORANGE, main
 
 from benchmarks.record import read_log, run_script
 from dpo_minimal.extras.reading import read_json
@@ -76,11 +76,11 @@ def compute() -> dict:
 
 
 def draw(data, plt):
-    """A panel per bug: its curve in red, that of the healthy run in blue."""
+    """A panel per bug: its curve beside that of the healthy run."""
     figure, axes = plt.subplots(2, 4, figsize=(12, 5.4), layout="constrained")
     for axis, (number, (metric, text)) in zip(axes.flat, SHOWN.items(), strict=True):
         run = data[str(number)]
-        for curve, colour in ((data[str(HEALTHY)], BLUE), (run, RED)):
+        for curve, colour in ((data[str(HEALTHY)], BLUE), (run, ORANGE)):
             axis.plot(curve[metric], color=colour, linewidth=1.3)
         if metric == "grad_norm":
             axis.set_yscale("log")
@@ -88,7 +88,10 @@ def draw(data, plt):
             axis.axhline(0, color=GREY, linewidth=0.6)
         axis.set_title(f"{number} {run['name']}:\n{text}", fontsize=9)
         axis.set(xlabel="step", ylabel=LABELS[metric])
-    figure.suptitle("Eight bugs (red) beside the healthy run (blue): each shows in one curve")
+    figure.legend(
+        axes[0, 0].lines[:2], ("healthy", "with the bug"), loc="outside lower center", ncols=2
+    )
+    figure.suptitle("Eight bugs beside the healthy run: each shows in one curve")
     return figure
 
 

@@ -80,23 +80,34 @@ def closed_forms(ref, scores) -> dict:
 
 
 def draw(data, plt):
-    """Score against KL: the frontier as a curve, everything else as points."""
+    """Score against KL on new questions: over the 15 answers, and as the policies speak."""
     figure, panels = plt.subplots(1, 2, figsize=(9.6, 4.3), sharey=True, layout="constrained")
-    for axis, kind in zip(panels, ("known", "held_out"), strict=True):
-        part = data[kind]
-        curve = [part["reference"] | {"kl": 0}, *reversed(part["frontier"])]
+    part = data["held_out"]
+    spoken = {
+        name: {"kl": found["sampled_kl"], "score": found["sampled_true_score"]}
+        for name, found in data["sampled"].items()
+    }
+    curve = [part["reference"] | {"kl": 0}, *reversed(part["frontier"])]
+    titles = ("over the 15 answers", "as the policy speaks: sampled, judged with all it contains")
+    for axis, points, title in zip(panels, (part, spoken), titles, strict=True):
         axis.plot([p["kl"] for p in curve], [p["score"] for p in curve], color=GREY, zorder=1)
-        axis.set_xlabel("KL to the reference, nats an answer")
-        axis.set_title({"known": "questions with votes", "held_out": "new questions"}[kind])
-        for name, group in groups(part).items():
+        label(axis, curve[-1]["kl"], curve[-1]["score"], "the best for its KL", GREY, (-4, -26))
+        axis.set_xlabel("KL to the reference, nats per answer")
+        axis.set_title(title)
+        for name, group in groups(points).items():
             x, y = [p["kl"] for p in group.values()], [p["score"] for p in group.values()]
             axis.plot(x, y, LOOKS[name][1], color=LOOKS[name][0], markersize=6)
             for text, p in group.items():
-                label(axis, p["kl"], p["score"], text, *LOOKS[name][::2])
+                colour, _, offset = LOOKS[name]
+                offset = SPOKEN_OFFSETS.get(name, offset) if points is spoken else offset
+                label(axis, p["kl"], p["score"], text, colour, offset)
         axis.set_xlim(-0.3, 3.0)
-    panels[0].set_ylabel("expected true score")
-    share = data["held_out"]["DPO 1"]["share_of_gain"]
-    figure.suptitle(f"DPO at β = 1 gets {share:.0%} of the reward that its KL can buy (the curve)")
+    panels[0].set_ylabel("true score, new questions")
+    share = part["DPO 1"]["share_of_gain"]
+    figure.suptitle(
+        f"Among the 15 answers DPO at β = 1 gets {share:.0%} of what its KL can buy; "
+        "what it really says scores less"
+    )
     return figure
 
 
@@ -108,17 +119,19 @@ LOOKS = {
     "best of": (GREEN, "^", (-6, 4)),
     "SFT": (PURPLE, "v", (7, -9)),
 }
+SPOKEN_OFFSETS = {"variants": (8, 0), "IPO": (-7, -9)}
 
 
 def groups(part: dict) -> dict:
-    """The points of a panel: {group: {label: point}}."""
-    return {
+    """The points of a panel: {group: {label: point}}. Best of n is known over the 15 alone."""
+    found = {
         "DPO": {f"DPO, β = {beta:g}": part[f"DPO {beta:g}"] for beta in BETAS},
         "variants": {"β = 1, certain votes": part["DPO 1, every vote certain"]},
         "IPO": {"IPO, β = 0.2": part["IPO 0.2"]},
-        "best of": {f"best of {n}": p for n, p in part["best of n"].items()},
         "SFT": {"SFT on chosen": part["SFT on chosen"]},
     }
+    best = part.get("best of n", {})
+    return found | {"best of": {f"best of {n}": p for n, p in best.items()}}
 
 
 if __name__ == "__main__":

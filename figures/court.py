@@ -56,7 +56,7 @@ VOTES = {  # what is wrong with the votes
     "30% wrong": t.Recipe(flipped=0.3),
     "for length": t.Recipe(points_per_word=0.5),
 }
-FEW, ALL = 100, 1600  # votes; 1600 are one epoch
+FEW, ALL = 100, 1000  # votes; 1,000 are one epoch
 SEEDS = (0, 1, 2)
 COLUMNS = {
     "score": ("true score", "{:+.2f}"),
@@ -79,7 +79,7 @@ class Case:
     count: int = ALL
     seed: int = 0
     steps: int = 100
-    batch_size: int = 16
+    batch_size: int = 10
     questions: int = 60  # held-out ones, for measurements
 
     def condition(self) -> str:

@@ -65,12 +65,12 @@ def draw(data, plt):
     for name, colour in (("chosen", BLUE), ("rejected", ORANGE)):
         values = run[f"{name}_course"]
         steps, values = [0, *thinned_steps(values)], [0, *values]
-        course.plot(steps, values, color=colour)
+        course.plot(steps, values, "o-", color=colour, markersize=3)
         label(course, steps[-1], values[-1], name, colour)
     course.axhline(0, color=GREY, linewidth=1)
     course.set(
         title="training pairs, β = 1",
-        xlabel="step",
+        xlabel=f"step (a point: the mean of {run['steps_a_point']} steps)",
         xlim=(0, 130),
         ylabel="log π − log π_ref, nats an answer",
     )
@@ -81,7 +81,10 @@ def draw(data, plt):
         final.plot(x, list(best.values()), color=colour, linewidth=1)
         final.plot(x, list(tuned.values()), "o", color=colour, markersize=5)
         label(final, x[0], best["-3.0"], f"β = {float(beta):g}", colour, (2, -13))
+        zero = -float(beta) * best["0.0"]  # where r / beta = log Z
+        final.plot(zero, 0, "v", color=colour, markersize=7, zorder=3)
     final.axhline(0, color=GREY, linewidth=1)
+    label(final, 0, 0, "▼ β log Z", GREY, (-8, 8))
     final.set(title="each answer: tuned (●), optimum (line)", xlim=(-3.3, 4.3))
     final.set_ylim(-13, 3.5)
     final.set_xlabel("true score of the answer")

@@ -30,17 +30,17 @@ def rounded(value, digits: int = 5):
     return [rounded(item, digits) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def main(name: str, description: str, compute, draw):
+def main(name: str, description: str, compute, draw, digits: int = 5):
     """Write figures/results/NAME.json from compute(), then draw figures/NAME.svg with draw().
 
-    With --draw the JSON file that is there is drawn again.
+    With --draw the JSON file that is there is drawn again. digits: see `rounded`.
     """
     parser = script_parser(description)
     parser.add_argument("--draw", action="store_true", help="only draw the existing JSON file")
     args = parser.parse_args()
     path = RESULTS / f"{name}.json"
     if not args.draw:
-        write_result(path, rounded({"made": machine_record()} | compute()))
+        write_result(path, rounded({"made": machine_record()} | compute(), digits))
     draw_result(path, draw)
 
 
@@ -71,18 +71,26 @@ def label(axis, x, y, text, colour, offset=(5, -3)):
     axis.annotate(text, (x, y), color=colour, fontsize=8.5, **place)
 
 
-def tuned_and_optimum(axis, tuned: dict, optimum: dict, x: str, colour):
-    """Score against x of a policy ● and its optimum ○, with a dotted line between them."""
+def tuned_and_optimum(axis, tuned: dict, optimum: dict, x: str, colour, ring: float = 6):
+    """Score against x of a policy ● and its optimum ○, with a dotted line between them.
+
+    ring: the size of the ○ in points; rings of two sizes show even where they have one centre.
+    """
     ends = [tuned[x], optimum[x]], [tuned["score"], optimum["score"]]
     axis.plot(*ends, ":", color=colour, linewidth=1)
     axis.plot(tuned[x], tuned["score"], "o", color=colour)
-    axis.plot(optimum[x], optimum["score"], "o", color=colour, markerfacecolor="white")
+    place = optimum[x], optimum["score"]
+    axis.plot(*place, "o", color=colour, markerfacecolor="none", markersize=ring)
 
 
 def smooth(values: list[float], width: int) -> list[float]:
-    """A moving mean over `width` values, or over as many as there are near the ends."""
-    half = width // 2
-    spans = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    """A moving mean over `width` values, and near the ends over fewer.
+
+    Near the beginning both sides have the same number, so the first value stays as it is. At the
+    end, where a single small batch would stand out, the later side has what there is.
+    """
+    halves = [min(width // 2, i) for i in range(len(values))]
+    spans = [values[i - half : i + half + 1] for i, half in enumerate(halves)]
     return [sum(span) / len(span) for span in spans]
 
 

@@ -12,6 +12,7 @@ from drawing import BLUE, GREEN, GREY, PURPLE, RED, label, main, smooth
 from benchmarks.record import TRAIN, read_log, run_script
 
 RUN = TRAIN.parent / "runs" / "forum"
+SMOOTH = 21  # steps per mean; fewer near the ends, so that the first point is step 0 itself
 CURVES = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 
 
@@ -35,17 +36,24 @@ def compute() -> dict:
 
 
 def draw(data: dict, plt):
-    """Loss, rewards and accuracy against the step. Dots are held-out pairs."""
+    """Loss, rewards and accuracy against the step. Dots are held-out pairs.
+
+    Accuracy has no value at step 0, where all pairs are ties and count as wrong.
+    """
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.1))
     held_out = data["held_out_steps"]
 
     def curve(axis, name, colour, text, place, below=False):
-        values = smooth(data["steps"][name], 21)
-        axis.plot(values, color=colour)
-        axis.plot(held_out["step"], held_out[name], "o", color=colour, markersize=5)
-        label(axis, place, values[place], text, colour, (0, -18 if below else 9))
+        first = int(name == "rewards/accuracies")
+        values = smooth(data["steps"][name][first:], SMOOTH)
+        axis.plot(range(first, first + len(values)), values, color=colour)
+        dots = held_out["step"][first:], held_out[name][first:]
+        axis.plot(*dots, "o", color=colour, markersize=5)
+        label(axis, place, values[place], text, colour, (0, -18 if below else 12))
 
-    curve(axes[0], "loss", BLUE, "loss", len(data["steps"]["loss"]) // 3)
+    curve(axes[0], "loss", BLUE, "training", len(data["steps"]["loss"]) // 4)
+    label(axes[0], held_out["step"][-1], held_out["loss"][-1], "held out", BLUE, (2, 7))
+    axes[0].set_ylabel("loss per pair")
     axes[0].axhline(math.log(2), color=GREY, linestyle=":")
     label(axes[0], len(data["steps"]["loss"]), math.log(2), "ln 2", GREY, (-4, -11))
     axes[0].set_title("The loss starts at ln 2")
@@ -55,13 +63,16 @@ def draw(data: dict, plt):
     axes[1].axhline(0, color=GREY, linestyle=":")
     axes[1].set_title("The margin opens mostly downwards")
     axes[1].set_ylabel("reward (nats)")
-    curve(axes[2], "rewards/accuracies", PURPLE, "accuracy", half, below=True)
-    axes[2].axhline(data["vote_bound"], color=GREY, linestyle=":")
-    label(axes[2], 0, data["vote_bound"], "the truth itself", GREY, (2, 4))
-    axes[2].set_title("Accuracy ends where the votes' noise begins")
+    curve(axes[2], "rewards/accuracies", PURPLE, "training", half, below=True)
+    axes[2].set_ylabel("share of pairs ranked right")
+    axes[2].axhline(data["truth"]["accuracy"], color=GREY, linestyle=":")
+    label(axes[2], 0, data["truth"]["accuracy"], "the truth itself", GREY, (2, 4))
+    axes[2].set_title("Accuracy nears the votes' noise")
     for axis in axes:
-        axis.set_xlabel("step (dots: held-out pairs)")
-    figure.tight_layout()
+        axis.set_xlabel("step")
+    note = f"lines: training, means of {SMOOTH} steps; dots: held-out pairs"
+    figure.text(0.01, 0.005, note, fontsize=8.5, color=GREY)
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
     return figure
 
 

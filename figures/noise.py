@@ -82,11 +82,12 @@ def draw(data, plt):
         for share in NOISE:
             run = data[f"{kind}, {share:.0%} wrong"]
             tuned, text = run["held_out"], f"{kind}, {share:.0%} wrong votes"
-            tuned_and_optimum(axis, tuned, run["held_out_optimum"], "kl", colour)
+            ring = 6 if kind == "DPO" else 11  # DPO on wrong votes has the optimum of cDPO on right
+            tuned_and_optimum(axis, tuned, run["held_out_optimum"], "kl", colour, ring)
             label(axis, tuned["kl"], tuned["score"], text, colour, (7, -11))
     axis.set(xlabel="KL to SFT, nats an answer", ylabel="expected true score", xlim=(0.008, 2))
     axis.set_xscale("log")
-    axis.set_title("Smoothing does not undo wrong votes (● tuned, ○ optimum)")
+    axis.set_title("Smoothing does to right votes what wrong votes do (● tuned, ○ optimum)")
     return figure
 
 

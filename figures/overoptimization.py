@@ -55,7 +55,7 @@ def with_training(point: dict, rows: list[dict]) -> dict:
 
 
 def draw(data, plt):
-    """A row per run: four panels over its steps, and where the healthy run ended."""
+    """A row per run: four panels over its steps, and where the healthy run, HEALTHY, ended."""
     figure, grid = plt.subplots(2, 4, figsize=(12, 6), sharey="col", layout="constrained")
     for axes, run in zip(grid, RUNS, strict=True):
         course = data[run]["course"]
@@ -65,7 +65,7 @@ def draw(data, plt):
             end = data["healthy_end"].get(metric.removeprefix("held_out/"))
             if end is not None:
                 axis.plot(steps[-1], end, "D", color=BLUE)
-                label(axis, steps[-1], end, "healthy", BLUE, (-7, -3))
+                label(axis, steps[-1], end, "β = 1, one epoch", BLUE, (-7, -3))
             axis.set(xlabel="step", xlim=(-0.04 * steps[-1], 1.07 * steps[-1]))
             axis.axhline(0, color=GREY, linewidth=0.8)
             if run == "hot":

@@ -60,9 +60,14 @@ def draw(data, plt):
     for name, colour in COLOURS.items():
         run = data[name]
         curve = [run["sft"], *reversed(run["frontier"])]
-        axis.plot([p["kl"] for p in curve], [p["score"] for p in curve], color=colour, alpha=0.5)
+        style = dict(color=colour, alpha=0.6, linestyle="--" if name == "LoRA" else "-")
+        axis.plot([p["kl"] for p in curve], [p["score"] for p in curve], **style)
         axis.plot(run["dpo"]["kl"], run["dpo"]["score"], "o", color=colour)
         label(axis, run["dpo"]["kl"], run["dpo"]["score"], name, colour, OFFSETS[name])
+    middle = data["full"]["frontier"][4], data["QLoRA"]["frontier"][3]
+    label(axis, middle[0]["kl"], middle[0]["score"], "best after full SFT", GREEN, (-5, 8))
+    text = "best after QLoRA's SFT (line)\nand after LoRA's (dashes)"
+    label(axis, middle[1]["kl"], middle[1]["score"], text, GREY, (4, -28))
     axis.axhline(0, color=GREY, linewidth=0.8)
     axis.set(xlabel="KL to its own SFT, nats an answer", ylabel="expected true score")
     axis.set_title("4 bits cost nothing here; all weights go farther in the same steps")

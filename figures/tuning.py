@@ -254,6 +254,11 @@ def measure_all(model, world: World, reference) -> dict:
 def measure_samples(model, world: World, questions) -> tuple[dict, list[str]]:
     """What the judge says about sampled answers, their KL (a full-text estimate), the answers."""
     ids = sample_answers(model, world.tokenizer, questions, 64, seed=0)
+    return judge_samples(model, world, questions, ids)
+
+
+def judge_samples(model, world: World, questions, ids) -> tuple[dict, list[str]]:
+    """See `measure_samples`; ids: the tokens of the policy's own answers to the questions."""
     found = {}
     if lora_layers(model):
         prompts = [world.tokens[question][0] for question in questions]

@@ -20,7 +20,7 @@ from dpo_minimal.extras.report import (
     format_summary,
     format_table,
     judge_answers,
-    vote_bound,
+    truth_on_votes,
     win_rate,
 )
 from dpo_minimal.generate import sample, sample_answers
@@ -224,22 +224,32 @@ def test_scores_and_shares_by_hand():
     }
 
 
-def test_the_bound_of_noisy_votes_by_hand():
-    # gaps 1 and -4 (a vote against the truth): the truth wins with sigmoid(1) and sigmoid(4)
-    pairs = [PreferencePair(GOAT, POLITE, RIGHT), PreferencePair(GOAT, OFF, RIGHT)]
-    expected = (1 / (1 + math.exp(-1)) + 1 / (1 + math.exp(-4))) / 2
-    assert vote_bound(pairs) == pytest.approx(expected, rel=1e-12)
-    assert vote_bound([PreferencePair(GOAT, RIGHT, RIGHT)]) == 0.5
+def test_what_the_truth_gets_on_noisy_votes_by_hand():
+    # gaps 1, -4 (a vote against the truth) and 0
+    pairs = [(POLITE, RIGHT), (OFF, RIGHT), (RIGHT, RIGHT)]
+    found = truth_on_votes([PreferencePair(GOAT, *answers) for answers in pairs])
+    win, upset = 1 / (1 + math.exp(-1)), 1 / (1 + math.exp(4))
+    entropies = [p * math.log(1 / p) + (1 - p) * math.log(1 / (1 - p)) for p in (win, upset, 0.5)]
+    assert found == pytest.approx(
+        {
+            "accuracy": (1 + 0 + 0.5) / 3,
+            "loss": (-math.log(win) - math.log(upset) + math.log(2)) / 3,
+            "expected_accuracy": (win + (1 - upset) + 0.5) / 3,
+            "expected_loss": sum(entropies) / 3,
+        },
+        rel=1e-12,
+    )
 
 
-def test_the_bound_is_what_the_truth_gets_on_the_forums_own_votes():
+def test_what_the_truth_gets_is_near_what_it_expects_on_the_forums_own_votes():
     pairs = [
         PreferencePair(row["question"], row["response_j"], row["response_k"])
         for row in forum.make_forum(1)["rl"]
     ]
-    gaps = [forum.judge(p.prompt, p.chosen) - forum.judge(p.prompt, p.rejected) for p in pairs]
-    agreed = sum((gap > 0) + 0.5 * (gap == 0) for gap in gaps) / len(pairs)
-    assert abs(vote_bound(pairs) - agreed) < 5 * math.sqrt(0.25 / len(pairs))
+    found = truth_on_votes(pairs)
+    # Five standard deviations: a vote's accuracy has at most 1/2, its loss at most about 1.
+    assert abs(found["accuracy"] - found["expected_accuracy"]) < 2.5 / math.sqrt(len(pairs))
+    assert abs(found["loss"] - found["expected_loss"]) < 5 / math.sqrt(len(pairs))
 
 
 # What is printed and written.
@@ -300,8 +310,10 @@ def test_samples_and_summary_show_questions_with_every_answer():
     assert "q4" in text and "q5" not in text
     held_out = {"eval_rewards/accuracies": 0.8125, "eval_rewards/margins": 1.5, "eval_loss": 0.5}
     held_out |= {"of": 54, "pairs": "new.jsonl"}
-    summary = format_summary({"SFT": {"kl_to_sft": 0.0}}, held_out, 0.9, ["q1"] * 5, greedy)
-    assert "0.812" in summary and "0.900" in summary and "+1.500" in summary
+    truth = {"accuracy": 0.9, "loss": 0.25}
+    summary = format_summary({"SFT": {"kl_to_sft": 0.0}}, held_out, truth, ["q1"] * 5, greedy)
+    assert "0.812" in summary and "+1.500" in summary
+    assert "true scores themselves get accuracy 0.900, loss 0.2500" in summary
     assert summary.count("### ") == 3 and "(54 of new.jsonl)" in summary
 
 

@@ -335,7 +335,7 @@ def test_a_run_on_the_forum_makes_its_model_and_judges_it(forum_run):
     judged = {"true_score", "share_right", "share_polite", "share_garbled"}
     told = {"win_rate_against_sft", "kl_to_sft", "reward_accuracy"}
     assert result["table"]["DPO"].keys() == judged | told
-    assert 0.5 < result["vote_bound"] < 1 and result["table"]["SFT"]["kl_to_sft"] == 0
+    assert 0.5 < result["truth"]["accuracy"] < 1 and result["table"]["SFT"]["kl_to_sft"] == 0
 
 
 def test_the_base_of_the_forum_is_a_model_folder_like_any_other(forum_run):

@@ -46,10 +46,22 @@ def win_rate(questions, ours, theirs) -> float:
     return mean(wins)
 
 
-def vote_bound(pairs) -> float:
-    """The accuracy of the truth itself on noisy votes: the mean of sigmoid(|score difference|)."""
+def truth_on_votes(pairs) -> dict[str, float]:
+    """What the true scores themselves get on noisy votes: no model can expect to do better.
+
+    accuracy: the share of these votes that the better answer won; a tie is half. loss: the mean of
+    -log sigmoid(score difference), equation (4). expected_accuracy, expected_loss: their means if
+    these pairs were voted on again and again.
+    """
     gaps = [forum.judge(p.prompt, p.chosen) - forum.judge(p.prompt, p.rejected) for p in pairs]
-    return mean(1 / (1 + math.exp(-abs(gap))) for gap in gaps)
+    chances = [1 / (1 + math.exp(-gap)) for gap in gaps]  # of the vote as it went
+    entropies = [-p * math.log(p) - (1 - p) * math.log(1 - p) for p in chances]
+    return {
+        "accuracy": mean(0.5 if gap == 0 else float(gap > 0) for gap in gaps),
+        "loss": mean(-math.log(p) for p in chances),
+        "expected_accuracy": mean(max(p, 1 - p) for p in chances),
+        "expected_loss": mean(entropies),
+    }
 
 
 def variants(model) -> dict[str, list[str]]:
@@ -168,19 +180,20 @@ def write_results(run, model, tokenizer, texts, held_out, log=print) -> str:
     """
     questions, table, greedy = ask_held_out(run, model, tokenizer, texts, log)
     table["DPO"]["reward_accuracy"] = held_out["eval_rewards/accuracies"]
-    bound = vote_bound(texts) if run.on_forum else None
-    write_json(run.out / "eval.json", {"table": table, "held_out": held_out, "vote_bound": bound})
+    truth = truth_on_votes(texts) if run.on_forum else None
+    write_json(run.out / "eval.json", {"table": table, "held_out": held_out, "truth": truth})
     publish(run.out, questions, greedy, table, log)
-    log(format_summary(table, held_out, bound, questions, greedy))
+    log(format_summary(table, held_out, truth, questions, greedy))
     return card.write_cards(run, held_out, format_table(table))
 
 
-def format_summary(table, held_out, bound, questions, greedy) -> str:
+def format_summary(table, held_out, truth, questions, greedy) -> str:
     """What a run prints at its end: the table, the held-out accuracy, three questions answered."""
     text = f"held-out pairs ({held_out['of']} of {held_out['pairs']}): "
     text += f"reward accuracy {held_out['eval_rewards/accuracies']:.3f}"
-    if bound is not None:
-        text += f" (the truth itself agrees with {bound:.3f} of the noisy votes)"
     text += f", margin {held_out['eval_rewards/margins']:+.3f}, loss {held_out['eval_loss']:.4f}"
+    if truth is not None:
+        text += "\nOn these noisy votes the true scores themselves get "
+        text += f"accuracy {truth['accuracy']:.3f}, loss {truth['loss']:.4f}."
     three = {name: [shortened(text) for text in texts[:3]] for name, texts in greedy.items()}
     return f"\n{format_table(table)}\n\n{text}\n\n{format_samples(questions, three)}"
