@@ -56,6 +56,7 @@ VOTES = {  # what is wrong with the votes
     "30% wrong": t.Recipe(flipped=0.3),
     "for length": t.Recipe(points_per_word=0.5),
 }
+SPOKEN = "sampled_true_score"
 FEW, ALL = 100, 1000  # votes; 1,000 are one epoch
 SEEDS = (0, 1, 2)
 COLUMNS = {
@@ -254,31 +255,42 @@ def cell(found: dict, form: str) -> str:
 
 
 def draw(data, plt):
-    """A panel per condition: the frontier, and two points per loss with a line between them."""
+    """For each condition the frontier with all policies, and below it each loss with its range."""
     parts = conditions(data)
-    columns = min(3, len(parts))
-    rows = -(-len(parts) // columns)
-    size = (4.4 * columns, 3.8 * rows)
+    size = (3.1 * len(parts), 7.2)
     figure, grid = plt.subplots(
-        rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+        2, len(parts), figsize=size, sharey="row", sharex="row", layout="constrained"
     )
     curve = list(reversed(data["frontier"]))
-    for axis, (condition, losses) in zip(grid.flat, parts.items(), strict=True):
-        axis.plot([p["kl"] for p in curve], [p["score"] for p in curve], color=GREY, zorder=1)
-        for name, found in losses.items():
-            exact, spoken = (
-                [found[f"{prefix}{metric}"]["mean"] for metric in metrics]
-                for prefix, metrics in (("", ("kl", "score")), ("sampled_", ("kl", "true_score")))
-            )
-            axis.plot(*zip(exact, spoken, strict=True), ":", color=GREY, linewidth=0.8)
-            axis.plot(*exact, "o", color=BLUE, markersize=4)
-            axis.plot(*spoken, "o", color=ORANGE, markersize=4)
-            label(axis, *exact, name, BLUE)
-        axis.set(title=condition, xlim=(-0.2, 4))
-    figure.supxlabel("KL to SFT, nats an answer")
-    figure.supylabel("true score")
-    figure.suptitle("Ten losses: over the 15 answers (blue), and as they really speak (orange)")
+    for (above, below), (condition, losses) in zip(grid.T, parts.items(), strict=True):
+        above.plot([p["kl"] for p in curve], [p["score"] for p in curve], color=GREY, zorder=1)
+        for found in losses.values():
+            exact, spoken = points(found)
+            above.plot(*zip(exact, spoken, strict=True), "-", color=GREY, linewidth=0.6)
+            above.plot(*exact, "o", color=BLUE, markersize=4)
+            above.plot(*spoken, "o", color=ORANGE, markersize=4)
+        above.set(title=condition, xlim=(-0.1, 2.9), ylim=(-1.3, 3.9), xlabel="KL to SFT, nats")
+        for y, found in enumerate(reversed(losses.values())):
+            for up, metric, colour in ((0.15, "score", BLUE), (-0.15, SPOKEN, ORANGE)):
+                values = found[metric]
+                below.plot([values["min"], values["max"]], [y + up] * 2, color=colour)
+                below.plot(values["mean"], y + up, "o", color=colour, markersize=4)
+        below.set_yticks(range(len(losses)), list(reversed(losses)))
+        below.set(xlabel="true score", xlim=(-1.3, 2.3))
+    grid[0, 0].set_ylabel("true score")
+    label(grid[0, 0], curve[-8]["kl"], curve[-8]["score"], "the best for its KL", GREY, (6, -14))
+    label(grid[0, 0], 1.0, 0.6, "over the 15 answers", BLUE)
+    label(grid[0, 0], 1.0, 0.1, "as it speaks", ORANGE)
+    figure.suptitle("Ten losses on the same votes (below: means and ranges of three seeds)")
     return figure
+
+
+def points(found: dict) -> tuple[tuple[float, float], tuple[float, float]]:
+    """A loss's two points (KL, true score): over the 15 answers, and as it speaks."""
+    return (
+        (found["kl"]["mean"], found["score"]["mean"]),
+        (found["sampled_kl"]["mean"], found[SPOKEN]["mean"]),
+    )
 
 
 def main():
