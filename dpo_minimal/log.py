@@ -37,16 +37,16 @@ class Log:
             file.write(json.dumps(row) + "\n")
         trackers.follow(self.path)
         now = time.perf_counter()
-        is_last = step == self.steps - 1
-        if prefix or is_last or self.shown is None or now - self.shown > 2:
+        if prefix or step == self.steps - 1 or self.shown is None or now - self.shown > 2:
             self.shown = now
             self.show(step, row, prefix, now)
 
     def show(self, step: int, row: dict, prefix: str, now: float):
-        """Print one line: stage, step of steps, loss, margin, tokens per second, time left."""
+        """Print one line: stage, step of steps, loss, rewards, tokens per second, time left."""
         text = f"{self.stage:9}"
         text += f"step {step:>4} held out " if prefix else f"step {step + 1:>4}/{self.steps} "
-        forms = {"loss": ".6f", "rewards/margins": "+.3f", "rewards/accuracies": ".2f"}
+        forms = {"loss": ".6f", "rewards/chosen": "+.3f"}
+        forms |= {"rewards/margins": "+.3f", "rewards/accuracies": ".2f"}
         for name, form in forms.items():
             if prefix + name in row:
                 text += f" {name.split('/')[-1]} {row[prefix + name]:{form}}"

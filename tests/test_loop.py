@@ -12,7 +12,7 @@ from helpers import fill_adapter, quantize_model, random_tokens, tiny_llama
 from dpo_minimal import InputError, reference
 from dpo_minimal.batches import Order, packed_batch, pair_batch
 from dpo_minimal.data import EncodedPair
-from dpo_minimal.log import rewind
+from dpo_minimal.log import Log, rewind
 from dpo_minimal.loop import (
     Settings,
     Stage,
@@ -303,6 +303,16 @@ def test_every_step_is_a_line_and_evaluations_come_between(tmp_path):
     # 12 examples are 4 batches, so 2 steps per epoch; an evaluation comes before its step.
     assert [r["epoch"] for r in rows if "loss" in r] == [0.5, 1.0, 1.5, 2.0, 2.5]
     assert [r["epoch"] for r in rows if "eval_loss" in r] == [0.0, 1.0, 2.0, 2.5]
+
+
+def test_the_screen_tells_what_warns_of_leakage(tmp_path, capsys):
+    values = {"chosen": -1.25, "margins": 0.5, "accuracies": 0.75}
+    rewards = {f"rewards/{name}": value for name, value in values.items()}
+    Log(tmp_path / "metrics.jsonl", "dpo", 0, 10).write(
+        0, loss=0.5, tokens_per_second=7.0, **rewards
+    )
+    line = "loss 0.500000 chosen -1.250 margins +0.500 accuracies 0.75"
+    assert line in capsys.readouterr().out
 
 
 def test_the_logged_loss_is_that_of_all_micro_batches(tmp_path):
