@@ -312,6 +312,21 @@ def pair_sum(answer, where=slice(None)):
     return sum(logps[where]) if isinstance(where, slice) else sum(logps[i] for i in where)
 
 
+def changed_entries(*answers):
+    """Places of the pair's mask that change if its answers change places."""
+    masks = []
+    for order in (answers, answers[::-1]):
+        names = [name for name in ("prompt", *order) for _ in one_pair("tokens", name, "ids")]
+        masks.append(
+            [
+                j <= i and name in ("prompt", names[i])
+                for i in range(len(names))
+                for j, name in enumerate(names)
+            ]
+        )
+    return sum(a != b for a, b in zip(*masks, strict=True))
+
+
 def pair_mean(answer):
     return pair_sum(answer) / len(one_pair("tokens", answer, "ids"))
 
@@ -370,7 +385,7 @@ ANSWERS = {
         ("{:.3f}", pair_mean("chosen")),
         ("{:.3f}", pair_mean("rejected")),
     ],
-    "7.4": lambda: [("{}", math.prod(len(one_pair("tokens", a, "ids")) for a in BOTH))],
+    "7.4": lambda: [("{}", changed_entries("chosen", "rejected"))],
     "8.1": lambda: [("{:,}", llama_7b())],
     "8.4": lambda: [("{:.3f}", x / math.sqrt((9 + 16) / 2)) for x in (3, 4)],
     "9.2": lambda: [("{:.2f}", math.sqrt(2) / 2)],
@@ -379,7 +394,7 @@ ANSWERS = {
     "10.3": lambda: [("{:.4f}", x) for x in nearest_codes(0.5)],
     "11.1": lambda: [("{}", 0.07), ("{:.3f}", math.log(1 / 2 * 1 / 5 * 7 / 10))],
     "12.1": lambda: [("{:.1f}", 2 * 32 * 2 * 8 * (4096 + 4096) / 1e6)],
-    "13.1": lambda: [("{:.1f}", 100 * math.sqrt(0.13 * 0.87 / n)) for n in (120, 60)],
+    "13.1": lambda: [("{:.1f}", 100 * math.sqrt(0.15 * 0.85 / n)) for n in (120, 60)],
     "15.1": lambda: [
         ("{:.3f}", sigmoid(-3)),
         ("{:.0f}", 3 / 0.1),
