@@ -22,7 +22,7 @@ HEALTHY = 0
 # The bug's number: the metric that shows it, and what a reader should see.
 SHOWN = {
     1: ("logps/chosen", "good answers look impossible"),
-    3: ("logps/rejected", "the batch decides"),
+    3: ("logps/rejected", "far too low"),
     12: ("rewards/margins", "a margin before any step"),
     13: ("loss", "ln 2 for ever"),
     14: ("rewards/margins", "hardly any margin"),

@@ -101,6 +101,8 @@ def draw(data, plt):
                 colour, _, offset = LOOKS[name]
                 offset = SPOKEN_OFFSETS.get(name, offset) if points is spoken else offset
                 label(axis, p["kl"], p["score"], text, colour, offset)
+        axis.plot(0, part["reference"]["score"], "o", color=GREY, markersize=6)
+        label(axis, 0, part["reference"]["score"], "SFT over the 15", GREY, (7, -4))
         axis.set_xlim(-0.3, 3.0)
     panels[0].set_ylabel("true score, new questions")
     share = part["DPO 1"]["share_of_gain"]

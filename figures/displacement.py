@@ -80,7 +80,10 @@ def draw(data, plt):
         x = [float(s) for s in best]
         final.plot(x, list(best.values()), color=colour, linewidth=1)
         final.plot(x, list(tuned.values()), "o", color=colour, markersize=5)
-        label(final, x[0], best["-3.0"], f"β = {float(beta):g}", colour, (2, -13))
+        middle = (x[1], best["-2.0"]) if beta == "0.5" else (x[0], best["-3.0"])
+        label(
+            final, *middle, f"β = {float(beta):g}", colour, (10, -12) if beta == "0.5" else (6, -9)
+        )
         zero = -float(beta) * best["0.0"]  # where r / beta = log Z
         final.plot(zero, 0, "v", color=colour, markersize=7, zorder=3)
     final.axhline(0, color=GREY, linewidth=1)

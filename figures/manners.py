@@ -126,7 +126,15 @@ def compute(quick: bool) -> dict:
     for first, then in zip(before, tuned, strict=True):
         parts = {"before": first, "after": then}
         seeds.append({name: e.kept("manners", case, tune) for name, case in parts.items()})
-    return {"case": asdict(tuned[0]), "facts": FACTS, "seeds": seeds}
+    return {"case": asdict(tuned[0]), "facts": FACTS, "seeds": seeds, "spread": over_seeds(seeds)}
+
+
+def over_seeds(seeds: list[dict]) -> dict:
+    """{group: {"before" and "after": {measurement: mean, lowest, highest}}}."""
+    return {
+        group: {name: spread([seed[name][group] for seed in seeds]) for name in ("before", "after")}
+        for group in GROUPS
+    }
 
 
 def gains(data: dict) -> dict[str, dict[str, float]]:
@@ -148,7 +156,7 @@ def show(data: dict) -> str:
     ]
     for group, title in GROUPS.items():
         for name, stage in (("before", "SFT"), ("after", "DPO")):
-            found = spread([seed[name][group] for seed in data["seeds"]])
+            found = over_seeds(data["seeds"])[group][name]
             cells = [cell(found[column], form) for column, (_, form) in COLUMNS.items()]
             lines.append(f"| {title}, {stage} | {' | '.join(cells)} |")
     for group, title in GROUPS.items():

@@ -44,6 +44,9 @@ def compute() -> dict:
     return data
 
 
+HEALTHY_STEPS = 113  # of one epoch
+
+
 def with_training(point: dict, rows: list[dict]) -> dict:
     """What the judge saw at a step, and what training saw in the 20 steps around it."""
     near = [row for row in rows if abs(row["step"] - point["step"]) <= 10]
@@ -64,8 +67,9 @@ def draw(data, plt):
             axis.plot(steps, [point[metric] for point in course], "o-", color=RED, markersize=4)
             end = data["healthy_end"].get(metric.removeprefix("held_out/"))
             if end is not None:
-                axis.plot(steps[-1], end, "D", color=BLUE)
-                label(axis, steps[-1], end, "β = 1, one epoch", BLUE, (-7, -3))
+                axis.plot(HEALTHY_STEPS, end, "D", color=BLUE)
+                left = steps[-1] == HEALTHY_STEPS
+                label(axis, HEALTHY_STEPS, end, "β = 1, one epoch", BLUE, (-7 if left else 7, -3))
             axis.set(xlabel="step", xlim=(-0.04 * steps[-1], 1.07 * steps[-1]))
             axis.axhline(0, color=GREY, linewidth=0.8)
             if run == "hot":

@@ -216,7 +216,7 @@ def tilt() -> str:
                 svg.text(at + 18, bottom - tall - 5, f"{value:.3f}", 11, anchor="middle"),
                 svg.text(at + 18, bottom + 17, answers[k], 12, anchor="middle"),
             ]
-    title = "Equation (2) on three answers: the optimum is the reference, tilted by the reward"
+    title = "Three answers: the optimum is the reference, tilted by the reward"
     return svg.document(776, 286, ABOUT, title, parts)
 
 
