@@ -52,6 +52,7 @@ def make(out: Path, problems: list[Problem], v: Variant, hold_back=(), run: Path
     files = ", ".join(f"`{path}`" for path in dict.fromkeys(f for p in problems for f in p.files))
     filled = {"table": table(problems), "count": str(len(problems)), "files": files}
     filled["points"] = str(sum(problem.points for problem in problems))
+    filled["first"] = f"p{NUMBERS[problems[0].name]:02}"
     for name, text in filled.items():
         students = students.replace(f"{{{name}}}", text)
     write(out / "README.md", students)
