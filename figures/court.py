@@ -12,23 +12,21 @@ Measured policies are kept in runs/figures/court, so delete that after changing 
 are made first if they are not there, in some minutes.
 """
 
-import hashlib
 import itertools
-import json
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import epochs as e
 import torch
 import tuning as t
 import world as w
-from drawing import BLUE, GREY, ORANGE, RESULTS, draw_result, label, rounded
+from drawing import BLUE, GREY, ORANGE, label
 
-from benchmarks.record import in_turn, machine_record, script_parser, write_result
+from benchmarks.record import in_turn
 from dpo_minimal.batches import pair_batch, pair_order
-from dpo_minimal.data import EncodedPair
 from dpo_minimal.extras.losses import REFERENCE_FREE, LossSettings, batch_lengths, preference_loss
 from dpo_minimal.extras.reading import read_json
 from dpo_minimal.extras.report import win_rate
@@ -107,23 +105,17 @@ def sweep_cases():
         yield f"{name}, beta {beta:.2g}", Case(replace(settings, beta=beta))
 
 
-def case_folder(case: Case) -> Path:
-    """Where a policy's log and measurements are."""
-    return w.RUN / "court" / hashlib.sha256(repr(case).encode()).hexdigest()[:16]
+def measure(case: Case) -> dict[str, float]:
+    """A policy's measurements; it is tuned unless that was done before."""
+    return e.kept("court", case, tune_and_judge)
 
 
-def measure(case: Case):
-    """Tune a policy and keep its measurements in a file, unless that was done before."""
-    folder = case_folder(case)
-    if (folder / "result.json").exists():
-        return
+def tune_and_judge(case: Case, folder) -> dict[str, float]:
+    """Tune a policy from the reference's table, and measure it."""
     world = w.open_world()
-    folder.mkdir(parents=True, exist_ok=True)
     votes = draw_votes(world, case)
-    reference = t.reference_table(world)
-    table = torch.tensor([[reference[q][y] for y in ys] for q, *ys in votes]).float()
-    model = tune(world, case, votes, table, folder)
-    write_json(folder / "result.json", judge(world, case, model, sft_answers(world)))
+    model = tune(world, case, votes, e.reference_vote_logps(world, votes), folder)
+    return judge(world, case, model, sft_answers(world))
 
 
 def draw_votes(world, case: Case) -> list[tuple[str, int, int]]:
@@ -133,9 +125,7 @@ def draw_votes(world, case: Case) -> list[tuple[str, int, int]]:
 
 def tune(world, case: Case, votes, table, folder):
     """The policy after training. table: the reference's log-probabilities, NaN if not known yet."""
-    pairs = [
-        EncodedPair(world.tokens[q][0], *(world.tokens[q][1 + y] for y in ys)) for q, *ys in votes
-    ]
+    pairs = e.encoded(world, votes)
     model = t.start_policy(t.Recipe(seed=case.seed))
 
     def objective(model, batch):
@@ -206,15 +196,14 @@ def compute(quick: bool) -> dict:
     w.on_all_cores(measure, [case for _, case in heard + sweep])
     found = {}
     for name, case in heard:
-        result = read_json(case_folder(case) / "result.json")
-        found.setdefault(case.condition(), {}).setdefault(name, []).append(result)
+        found.setdefault(case.condition(), {}).setdefault(name, []).append(measure(case))
     questions = w.asked(world)["held_out"]
     ref, scores = (w.stack(table, questions) for table in (t.reference_table(world), world.scores))
     return {
         "losses": {name: asdict(settings) for name, settings in LOSSES.items()},
         "seconds_per_step": seconds,
         "frontier": w.frontier(ref, scores, [0.1 * 1.25**i for i in range(28)]),
-        "sweep": {name: read_json(case_folder(case) / "result.json") for name, case in sweep},
+        "sweep": {name: measure(case) for name, case in sweep},
     } | {
         condition: {name: spread(seeds) for name, seeds in losses.items()}
         for condition, losses in found.items()
@@ -293,21 +282,5 @@ def points(found: dict) -> tuple[tuple[float, float], tuple[float, float]]:
     )
 
 
-def main():
-    """Write figures/results/court.json and draw figures/court.svg; --quick writes neither."""
-    parser = script_parser(__doc__)
-    parser.add_argument("--draw", action="store_true", help="only draw the existing JSON file")
-    parser.add_argument("--quick", action="store_true", help="eight steps per loss, no figure")
-    args = parser.parse_args()
-    path = RESULTS / "court.json"
-    if args.quick:
-        print(format_tables(compute(quick=True)))
-        return
-    if not args.draw:
-        write_result(path, rounded({"made": machine_record()} | compute(quick=False)))
-    print(format_tables(json.loads(path.read_text("utf-8"))))
-    draw_result(path, draw)
-
-
 if __name__ == "__main__":
-    main()
+    e.main("court", __doc__, compute, format_tables, draw)
