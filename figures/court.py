@@ -23,7 +23,7 @@ import epochs as e
 import torch
 import tuning as t
 import world as w
-from drawing import BLUE, GREY, ORANGE, label
+from drawing import BLUE, GREY, ORANGE, label, main
 
 from benchmarks.record import in_turn
 from dpo_minimal.batches import pair_batch, pair_order
@@ -125,7 +125,7 @@ def draw_votes(world, case: Case) -> list[tuple[str, int, int]]:
 
 def tune(world, case: Case, votes, table, folder):
     """The policy after training. table: the reference's log-probabilities, NaN if not known yet."""
-    pairs = e.encoded(world, votes)
+    pairs = t.encoded(world, votes)
     model = t.start_policy(t.Recipe(seed=case.seed))
 
     def objective(model, batch):
@@ -193,31 +193,23 @@ def compute(quick: bool) -> dict:
     sft_answers(world), t.reference_table(world)  # made once, before the processes start
     heard, sweep = list(cases(quick)), [] if quick else list(sweep_cases())
     seconds = seconds_per_step(world, rounds=1 if quick else 3)
-    w.on_all_cores(measure, [case for _, case in heard + sweep])
+    results = w.on_all_cores(measure, [case for _, case in heard + sweep])
     found = {}
-    for name, case in heard:
-        found.setdefault(case.condition(), {}).setdefault(name, []).append(measure(case))
+    for (name, case), result in zip(heard, results, strict=False):
+        found.setdefault(case.condition(), {}).setdefault(name, []).append(result)
     questions = w.asked(world)["held_out"]
     ref, scores = (w.stack(table, questions) for table in (t.reference_table(world), world.scores))
     return {
         "losses": {name: asdict(settings) for name, settings in LOSSES.items()},
         "seconds_per_step": seconds,
         "frontier": w.frontier(ref, scores, [0.1 * 1.25**i for i in range(28)]),
-        "sweep": {name: measure(case) for name, case in sweep},
+        "sweep": {
+            name: result for (name, _), result in zip(sweep, results[len(heard) :], strict=True)
+        },
     } | {
-        condition: {name: spread(seeds) for name, seeds in losses.items()}
+        condition: {name: e.spread(seeds) for name, seeds in losses.items()}
         for condition, losses in found.items()
     }
-
-
-def spread(seeds: list[dict]) -> dict[str, dict]:
-    """{metric: mean, lowest, highest over the seeds}."""
-    found = {}
-    for metric in seeds[0]:
-        values = [values[metric] for values in seeds]
-        mean = sum(values) / len(values)
-        found[metric] = {"mean": mean, "min": min(values), "max": max(values)}
-    return found
 
 
 def conditions(data: dict) -> dict[str, dict]:
@@ -232,15 +224,9 @@ def format_tables(data: dict) -> str:
         lines += ["", condition, "", f"| loss | {' | '.join(titles)} |"]
         lines.append("|---" * (1 + len(COLUMNS)) + "|")
         for name, found in losses.items():
-            cells = [cell(found[metric], form) for metric, (_, form) in COLUMNS.items()]
+            cells = [e.cell(found[metric], form) for metric, (_, form) in COLUMNS.items()]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def cell(found: dict, form: str) -> str:
-    """A mean with the lowest and the highest behind it."""
-    mean, low, high = (form.format(found[name]) for name in ("mean", "min", "max"))
-    return f"{mean} ({low} to {high})"
 
 
 def draw(data, plt):
@@ -283,4 +269,4 @@ def points(found: dict) -> tuple[tuple[float, float], tuple[float, float]]:
 
 
 if __name__ == "__main__":
-    e.main("court", __doc__, compute, format_tables, draw)
+    main("court", __doc__, compute, draw, show=format_tables)

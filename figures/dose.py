@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 import epochs as e
 import tuning as t
 import world as w
-from drawing import BLUE, ORANGE
+from drawing import BLUE, ORANGE, main
 from roc import auc, best_threshold, leave_one_out, rates
 
 from dpo_minimal import InputError
@@ -59,9 +59,9 @@ def cases(quick: bool) -> list[Case]:
     return [Case(0.0, 1.0, 0, **size), *(Case(rate, beta, epochs, **size) for beta, rate in grid)]
 
 
-def measure(case: Case):
+def measure(case: Case) -> dict:
     """Tune a policy and keep what it was like after each epoch, unless that was done before."""
-    e.kept("dose", case, tune)
+    return e.kept("dose", case, tune)
 
 
 def tune(case: Case, folder) -> dict:
@@ -112,8 +112,7 @@ def compute(quick: bool) -> dict:
     """SFT's measurements, each run's after each epoch, and what each signal is worth."""
     e.prepare()
     every = cases(quick)
-    w.on_all_cores(measure, every)
-    sft, *results = (e.kept("dose", case, tune) for case in every)
+    sft, *results = w.on_all_cores(measure, every)
     runs = [asdict(case) | result for case, result in zip(every[1:], results, strict=True)]
     return {"sft": sft["course"][0], "runs": runs} | early_warning(sft["course"][0], runs)
 
@@ -260,4 +259,4 @@ def draw_signals(axis, signals: dict):
 
 
 if __name__ == "__main__":
-    e.main("dose", __doc__, compute, show, draw)
+    main("dose", __doc__, compute, draw, show=show)

@@ -6,6 +6,7 @@ The SVG holds the sha256 of its JSON file, so that a test can check that they be
 import hashlib
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the root, for the import below
@@ -30,17 +31,27 @@ def rounded(value, digits: int = 5):
     return [rounded(item, digits) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def main(name: str, description: str, compute, draw, digits: int = 5):
+def main(name: str, description: str, compute, draw, digits: int = 5, show=None):
     """Write figures/results/NAME.json from compute(), then draw figures/NAME.svg with draw().
 
-    With --draw the JSON file that is there is drawn again. digits: see `rounded`.
+    With --draw the JSON file that is there is drawn again. digits: see `rounded`. show: makes
+    tables of the result; such an experiment has --quick, which prints show(compute(quick=True)) and
+    writes nothing.
     """
     parser = script_parser(description)
     parser.add_argument("--draw", action="store_true", help="only draw the existing JSON file")
+    if show:
+        parser.add_argument("--quick", action="store_true", help="a tiny version of it, no figure")
+        compute = partial(compute, quick=False)
     args = parser.parse_args()
     path = RESULTS / f"{name}.json"
+    if show and args.quick:
+        print(show(compute(quick=True)))
+        return
     if not args.draw:
         write_result(path, rounded({"made": machine_record()} | compute(), digits))
+    if show:
+        print(show(json.loads(path.read_text("utf-8"))))
     draw_result(path, draw)
 
 

@@ -6,18 +6,15 @@ the policies that are missing. Delete that folder after changing the code.
 """
 
 import hashlib
-import json
 from functools import partial
 from pathlib import Path
 
 import torch
 import tuning as t
 import world as w
-from drawing import RESULTS, draw_result, rounded
+from drawing import rounded
 
-from benchmarks.record import machine_record, script_parser, write_result
 from dpo_minimal.batches import pair_batch, pair_order
-from dpo_minimal.data import EncodedPair
 from dpo_minimal.evaluate import one_epoch
 from dpo_minimal.extras.reading import read_json
 from dpo_minimal.files import write_json
@@ -42,19 +39,12 @@ def kept(name: str, case, work) -> dict:
     return read_json(path)
 
 
-def encoded(world, votes) -> list[EncodedPair]:
-    """Votes (question, winner, loser) as the token ids that training wants."""
-    return [
-        EncodedPair(world.tokens[q][0], *(world.tokens[q][1 + y] for y in ys)) for q, *ys in votes
-    ]
-
-
 def train_policy(world, votes, recipe: t.Recipe, folder, steps, look=None, every=0):
     """The policy after `steps` steps of recipe.batch_size votes, starting from SFT.
 
     look(model) -> {name: number}, called after each `every` steps and after the last one.
     """
-    pairs = encoded(world, votes)
+    pairs = t.encoded(world, votes)
     model = t.start_policy(recipe)
     objective = t.make_objective(world, recipe, votes, t.reference_table(world))
     order = pair_order(pairs, recipe.batch_size, recipe.seed)
@@ -73,7 +63,7 @@ def train_policy(world, votes, recipe: t.Recipe, folder, steps, look=None, every
 
 def vote_logps(model, world, votes) -> torch.Tensor:
     """log pi of winner and loser of each vote, float32 [n, 2], without dropout."""
-    pairs = encoded(world, votes)
+    pairs = t.encoded(world, votes)
     return pair_logps(model, pairs, one_epoch(pairs, BATCH), "cpu")
 
 
@@ -101,20 +91,20 @@ def prepare():
     t.reference_table(w.open_world())
 
 
-def main(name: str, description: str, compute, show, draw):
-    """Write figures/results/NAME.json from compute(quick=False) and draw figures/NAME.svg.
+# --- over the seeds ---------------------------------------------------------------------------
 
-    --quick prints show(compute(quick=True)) and writes neither. --draw uses the JSON that is there.
-    """
-    parser = script_parser(description)
-    parser.add_argument("--draw", action="store_true", help="only draw the existing JSON file")
-    parser.add_argument("--quick", action="store_true", help="a tiny version of it, no figure")
-    args = parser.parse_args()
-    path = RESULTS / f"{name}.json"
-    if args.quick:
-        print(show(compute(quick=True)))
-        return
-    if not args.draw:
-        write_result(path, rounded({"made": machine_record()} | compute(quick=False)))
-    print(show(json.loads(path.read_text("utf-8"))))
-    draw_result(path, draw)
+
+def spread(seeds: list[dict]) -> dict[str, dict]:
+    """{metric: mean, lowest, highest over the seeds}."""
+    found = {}
+    for metric in seeds[0]:
+        values = [values[metric] for values in seeds]
+        mean = sum(values) / len(values)
+        found[metric] = {"mean": mean, "min": min(values), "max": max(values)}
+    return found
+
+
+def cell(found: dict, form: str) -> str:
+    """A mean with the lowest and the highest behind it."""
+    mean, low, high = (form.format(found[name]) for name in ("mean", "min", "max"))
+    return f"{mean} ({low} to {high})"

@@ -19,8 +19,7 @@ import epochs as e
 import torch
 import tuning as t
 import world as w
-from court import cell, spread
-from drawing import BLUE, GREY
+from drawing import BLUE, GREY, main
 
 from dpo_minimal import forum
 
@@ -77,9 +76,9 @@ def draw_votes(world, case: Case) -> list[tuple[str, int, int]]:
     return [vote for vote in votes if forum.QUESTIONS[vote[0]].fact in facts][: case.votes]
 
 
-def measure(case: Case):
+def measure(case: Case) -> dict:
     """Tune a policy and keep its measurements, unless that was done before."""
-    e.kept("manners", case, tune)
+    return e.kept("manners", case, tune)
 
 
 def tune(case: Case, folder) -> dict:
@@ -125,14 +124,16 @@ def compute(quick: bool) -> dict:
     seeds = []
     for first, then in zip(before, tuned, strict=True):
         parts = {"before": first, "after": then}
-        seeds.append({name: e.kept("manners", case, tune) for name, case in parts.items()})
+        seeds.append({name: measure(case) for name, case in parts.items()})
     return {"case": asdict(tuned[0]), "facts": FACTS, "seeds": seeds, "spread": over_seeds(seeds)}
 
 
 def over_seeds(seeds: list[dict]) -> dict:
     """{group: {"before" and "after": {measurement: mean, lowest, highest}}}."""
     return {
-        group: {name: spread([seed[name][group] for seed in seeds]) for name in ("before", "after")}
+        group: {
+            name: e.spread([seed[name][group] for seed in seeds]) for name in ("before", "after")
+        }
         for group in GROUPS
     }
 
@@ -157,7 +158,7 @@ def show(data: dict) -> str:
     for group, title in GROUPS.items():
         for name, stage in (("before", "SFT"), ("after", "DPO")):
             found = over_seeds(data["seeds"])[group][name]
-            cells = [cell(found[column], form) for column, (_, form) in COLUMNS.items()]
+            cells = [e.cell(found[column], form) for column, (_, form) in COLUMNS.items()]
             lines.append(f"| {title}, {stage} | {' | '.join(cells)} |")
     for group, title in GROUPS.items():
         rises = [gains(data)[column][group] for column in COLUMNS]
@@ -194,4 +195,4 @@ def draw_seed(axis, x: float, ends: list[dict], trait: str):
 
 
 if __name__ == "__main__":
-    e.main("manners", __doc__, compute, show, draw)
+    main("manners", __doc__, compute, draw, show=show)

@@ -13,6 +13,7 @@ import tempfile
 
 import court
 import torch
+import tuning as t
 import world as w
 from drawing import BLUE, GREY, main
 
@@ -81,9 +82,7 @@ def as_vote(row: dict) -> tuple[str, int, int]:
 
 def delta_of(world, model, vote) -> float:
     """delta of any vote, with the adapter sft as the reference."""
-    question, winner, loser = vote
-    prompt, *answers = world.tokens[question]
-    batch = pair_batch([EncodedPair(prompt, answers[winner], answers[loser])], [0], "cpu")
+    batch = pair_batch(t.encoded(world, [vote]), [0], "cpu")
     chosen, rejected = (batch_logps(model, batch) - reference_logps(model, batch))[0]
     return float(chosen - rejected)
 

@@ -9,6 +9,7 @@ same. All is measured on the 60 new questions, like everything that the tutorial
 from dataclasses import asdict, replace
 
 import closed_form
+import epochs as e
 import length
 import noise
 import precision
@@ -49,15 +50,11 @@ def compute() -> dict:
             result = t.tune(world, replace(recipe, seed=seed))
             data["cpu_seconds"] += result["cpu_seconds"]
             found.append(w.exact_with_share(t.final_logps(result, "held_out"), ref, scores))
-        data[name] = {"settings": asdict(recipe)} | {m: spread(found, m) for m in METRICS}
+        over_seeds = e.spread(found)
+        data[name] = {"settings": asdict(recipe)} | {
+            m: {"values": [policy[m] for policy in found]} | over_seeds[m] for m in METRICS
+        }
     return data
-
-
-def spread(found: list[dict], metric: str) -> dict:
-    """The values of a metric in the order of the seeds, with their mean, minimum and maximum."""
-    values = [policy[metric] for policy in found]
-    mean = sum(values) / len(values)
-    return {"values": values, "mean": mean, "min": min(values), "max": max(values)}
 
 
 def draw(data, plt):

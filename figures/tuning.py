@@ -75,6 +75,13 @@ def draw_votes(world: World, recipe: Recipe) -> list[tuple[str, int, int]]:
     return votes
 
 
+def encoded(world: World, votes) -> list[EncodedPair]:
+    """Votes (question, winner, loser) as the token ids that training wants."""
+    return [
+        EncodedPair(world.tokens[q][0], *(world.tokens[q][1 + y] for y in ys)) for q, *ys in votes
+    ]
+
+
 def voters_like(world: World, question: str, recipe: Recipe) -> list[float]:
     """The score of each answer by which the voters choose."""
     scores = world.scores[question].tolist()
@@ -201,9 +208,7 @@ def train_and_measure(world: World, recipe: Recipe, folder: Path) -> dict:
     model = start_policy(recipe)
     reference = reference_table(world, recipe.precision)
     votes = draw_votes(world, recipe)
-    pairs = [
-        EncodedPair(world.tokens[q][0], *(world.tokens[q][1 + y] for y in ys)) for q, *ys in votes
-    ]
+    pairs = encoded(world, votes)
     settings = Settings(
         recipe.learning_rate,
         recipe.batch_size,

@@ -22,8 +22,7 @@ from dataclasses import asdict, dataclass, replace
 import epochs as e
 import tuning as t
 import world as w
-from court import cell, spread
-from drawing import BLUE, GREEN, GREY, ORANGE
+from drawing import BLUE, GREEN, GREY, ORANGE, main
 from roc import auc
 
 from dpo_minimal import forum
@@ -119,16 +118,16 @@ def kept_votes(votes, case: Case) -> list[tuple[str, int, int]]:
         number = round(DROPPED * len(votes))
         dropped = set(random.Random(f"lot {case.seed}").sample(range(len(votes)), number))
     elif case.kept == "judged":
-        margins = e.kept("votes", replace(case, kept="all"), tune)["margins"]
+        margins = measure(replace(case, kept="all"))["margins"]
         dropped = worst(suspicions(margins)["mean margin"], DROPPED)
     elif case.kept == "honest":
         dropped = {i for i, (kind, *_) in enumerate(votes) if kind not in HONEST}
     return [tuple(vote) for i, (_, *vote) in enumerate(votes) if i not in dropped]
 
 
-def measure(case: Case):
+def measure(case: Case) -> dict:
     """Tune a policy and keep its measurements, unless that was done before."""
-    e.kept("votes", case, tune)
+    return e.kept("votes", case, tune)
 
 
 def tune(case: Case, folder) -> dict:
@@ -184,7 +183,7 @@ def result(cases: dict[str, Case]) -> dict:
     """A seed's part of the result."""
     world, case = w.open_world(), cases["all"]
     planted = planted_votes(world, case.seed, case.votes)
-    policies = {kept: e.kept("votes", case, tune) for kept, case in cases.items()}
+    policies = {kept: measure(case) for kept, case in cases.items()}
     margins = policies["all"].pop("margins")
     found = suspicions(margins)
     return {
@@ -233,7 +232,7 @@ def over_seeds(data: dict, *path) -> dict[str, float] | None:
         for name in path:
             found = (found or {}).get(name)
         values.append({"value": found})
-    return None if {"value": None} in values else spread(values)["value"]
+    return None if {"value": None} in values else e.spread(values)["value"]
 
 
 def mean_cell(found: dict | None, form: str) -> str:
@@ -267,7 +266,7 @@ def show_policies(data: dict) -> str:
     for kept, title in KEPT.items():
         cells = [mean_cell(over_seeds(data, "policies", kept, "votes"), "{:.0f}")]
         for column, (_, form) in COLUMNS.items():
-            cells.append(cell(over_seeds(data, "policies", kept, column), form))
+            cells.append(e.cell(over_seeds(data, "policies", kept, column), form))
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -300,4 +299,4 @@ def draw(data, plt):
 
 
 if __name__ == "__main__":
-    e.main("votes", __doc__, compute, show, draw)
+    main("votes", __doc__, compute, draw, show=show)

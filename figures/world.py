@@ -60,14 +60,17 @@ def open_world() -> World:
     return World(tokenizer, known, held_out, tokens, scores)
 
 
-def on_all_cores(work, cases):
-    """work(case) of each case, in as many processes as there are cores, one thread in each."""
+def on_all_cores(work, cases) -> list:
+    """[work(case) of each case], from as many processes as there are cores, one thread in each."""
     started = ProcessPoolExecutor(
         os.cpu_count(), get_context("spawn"), torch.set_num_threads, initargs=(1,)
     )
+    results = []
     with started as pool:
-        for done, _ in enumerate(pool.map(work, cases), start=1):
-            print(f"measured  {done} of {len(cases)}", flush=True)
+        for result in pool.map(work, cases):
+            results.append(result)
+            print(f"measured  {len(results)} of {len(cases)}", flush=True)
+    return results
 
 
 def asked(world: World) -> dict[str, list[str]]:

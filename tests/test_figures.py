@@ -21,6 +21,7 @@ sys.path.append(str(Path(__file__).parents[1] / "figures"))
 
 import closed_form
 import court
+import epochs
 import length
 import noise
 import tuning as t
@@ -204,7 +205,7 @@ def test_the_court_hears_every_loss_in_every_condition_once():
 
 def test_the_courts_table_has_means_over_the_seeds():
     seeds = [dict.fromkeys(court.COLUMNS, value) for value in (0.25, 0.5, 1.5)]
-    found = court.spread(seeds)
+    found = epochs.spread(seeds)
     assert found["score"] == {"mean": 0.75, "min": 0.25, "max": 1.5}
     lines = court.format_tables({"100 votes, clean": {"DPO": found}, "made": {}}).splitlines()
     assert lines[1] == "100 votes, clean"
