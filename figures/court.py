@@ -16,7 +16,6 @@ import itertools
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import epochs as e
@@ -26,13 +25,12 @@ import world as w
 from drawing import BLUE, GREY, ORANGE, label, main
 
 from benchmarks.record import in_turn
-from dpo_minimal.batches import pair_batch, pair_order
 from dpo_minimal.extras.losses import REFERENCE_FREE, LossSettings, batch_lengths, preference_loss
 from dpo_minimal.extras.reading import read_json
 from dpo_minimal.extras.report import win_rate
 from dpo_minimal.files import write_json
 from dpo_minimal.generate import sample_answers
-from dpo_minimal.loop import Settings, Stage, train
+from dpo_minimal.loop import Settings
 from dpo_minimal.loss import preference_logps, reward_metrics
 from dpo_minimal.reference import known_reference_logps, new_table
 
@@ -125,8 +123,6 @@ def draw_votes(world, case: Case) -> list[tuple[str, int, int]]:
 
 def tune(world, case: Case, votes, table, folder):
     """The policy after training. table: the reference's log-probabilities, NaN if not known yet."""
-    pairs = t.encoded(world, votes)
-    model = t.start_policy(t.Recipe(seed=case.seed))
 
     def objective(model, batch):
         policy_chosen_logps, policy_rejected_logps = preference_logps(model, batch)  # [B] each
@@ -143,11 +139,9 @@ def tune(world, case: Case, votes, table, folder):
             policy_chosen_logps, policy_rejected_logps, chosen_rewards, rejected_rewards
         )
 
-    order = pair_order(pairs, case.batch_size, case.seed)
-    stage = Stage("dpo", objective, order, partial(pair_batch, pairs, device="cpu"))
-    rate = t.Recipe().learning_rate
-    train(model, stage, Settings(rate, case.batch_size, epochs=1e6, max_steps=case.steps), folder)
-    return model
+    recipe = t.Recipe(seed=case.seed)
+    settings = Settings(recipe.learning_rate, case.batch_size, epochs=1e6, max_steps=case.steps)
+    return t.train_on(world, votes, recipe, objective, settings, folder, evaluate=None)
 
 
 def seconds_per_step(world, rounds: int = 3, steps: int = 6) -> dict[str, float]:

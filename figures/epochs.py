@@ -6,7 +6,6 @@ the policies that are missing. Delete that folder after changing the code.
 """
 
 import hashlib
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,11 +13,10 @@ import tuning as t
 import world as w
 from drawing import rounded
 
-from dpo_minimal.batches import pair_batch, pair_order
 from dpo_minimal.evaluate import one_epoch
 from dpo_minimal.extras.reading import read_json
 from dpo_minimal.files import write_json
-from dpo_minimal.loop import Settings, Stage, train
+from dpo_minimal.loop import Settings
 from dpo_minimal.reference import pair_logps
 
 BATCH = 16
@@ -44,11 +42,7 @@ def train_policy(world, votes, recipe: t.Recipe, folder, steps, look=None, every
 
     look(model) -> {name: number}, called after each `every` steps and after the last one.
     """
-    pairs = t.encoded(world, votes)
-    model = t.start_policy(recipe)
     objective = t.make_objective(world, recipe, votes, t.reference_table(world))
-    order = pair_order(pairs, recipe.batch_size, recipe.seed)
-    stage = Stage("dpo", objective, order, partial(pair_batch, pairs, device="cpu"), look)
     settings = Settings(
         recipe.learning_rate,
         recipe.batch_size,
@@ -57,8 +51,7 @@ def train_policy(world, votes, recipe: t.Recipe, folder, steps, look=None, every
         eval_every=every,
         eval_at_start=False,
     )
-    train(model, stage, settings, folder)
-    return model
+    return t.train_on(world, votes, recipe, objective, settings, folder, evaluate=look)
 
 
 def vote_logps(model, world, votes) -> torch.Tensor:

@@ -203,25 +203,34 @@ def tune(world: World, recipe: Recipe) -> dict:
     return read_json(path)
 
 
+def train_on(world: World, votes, recipe: Recipe, objective, settings: Settings, folder, evaluate):
+    """The policy after training on votes, from SFT. The last four are those of `loop.train`.
+
+    The recipe gives the seed, the dropout and the precision. The log goes to the folder.
+    """
+    pairs = encoded(world, votes)
+    model = start_policy(recipe)
+    order = pair_order(pairs, settings.batch_size, recipe.seed)
+    stage = Stage("dpo", objective, order, partial(pair_batch, pairs, device="cpu"), evaluate)
+    folder.mkdir(parents=True, exist_ok=True)
+    train(model, stage, settings, folder)
+    return model
+
+
 def train_and_measure(world: World, recipe: Recipe, folder: Path) -> dict:
     """See `tune`. The log goes to this folder."""
-    model = start_policy(recipe)
     reference = reference_table(world, recipe.precision)
     votes = draw_votes(world, recipe)
-    pairs = encoded(world, votes)
     settings = Settings(
         recipe.learning_rate,
         recipe.batch_size,
         epochs=recipe.epochs,
         eval_every=recipe.eval_every,
     )
-    order = pair_order(pairs, settings.batch_size, recipe.seed)
     objective = make_objective(world, recipe, votes, reference)
     evaluate = partial(measure_course, world=world, recipe=recipe, reference=reference)
     evaluate = evaluate if recipe.eval_every else None
-    stage = Stage("dpo", objective, order, partial(pair_batch, pairs, device="cpu"), evaluate)
-    folder.mkdir(parents=True, exist_ok=True)
-    train(model, stage, settings, folder)
+    model = train_on(world, votes, recipe, objective, settings, folder, evaluate=evaluate)
     steps, evaluations = read_log(folder / "metrics.jsonl")["dpo"]
     rows = [{name: row[name] for name in ("step", *LOGGED)} for row in steps]
     return {"rows": rows, "course": evaluations} | measure_all(model, world, reference)
