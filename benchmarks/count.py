@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from dpo_minimal import nf4
+from dpo_minimal.extras import ragged
 from dpo_minimal.extras.skeleton import skeleton
 from dpo_minimal.llama import LlamaConfig
 from dpo_minimal.lora import add_adapter, linear_layers
@@ -41,7 +42,6 @@ class Counting(TorchDispatchMode):
         super().__init__()
         self.parts, self.inside, self.scored = {}, "", scored
         self.bandwidth, self.rate = args.bandwidth * 1e12, args.rate * 1e12
-        self.attention_rate = args.attention_rate * 1e12
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         operation, kwargs = func.overloadpacket, kwargs or {}
@@ -80,25 +80,28 @@ def num_bytes(*tree) -> int:
 
 
 class CountedAttention(torch.autograd.Function):
-    """A fused kernel: it reads q, k, v and the mask, and never writes [T, T] scores.
+    """A fused kernel: it reads q, k, v and a mask, if any, and never writes [T, T] scores.
 
-    Given a mask it computes all T^2 products, 4 B H T S K FLOPs; backward takes 2.5 times that,
-    at half the rate.
+    4 FLOPs per channel for each pair of a query and a key; backward takes 2.5 times that, at half
+    the rate.
     """
 
     @staticmethod
-    def forward(ctx, counting, mask, q, k, v):
-        ctx.counting, ctx.save = counting, (mask, q, k, v)
-        ctx.flops = 4 * q.numel() * k.shape[2]
+    def forward(ctx, counting, flops, rate, mask, q, k, v):
+        ctx.counting, ctx.flops, ctx.rate, ctx.inputs = counting, flops, rate, (q, k, v)
         ctx.size = num_bytes(mask, q, k, v) + num_bytes(q)
-        counting.note("attention", ctx.size, ctx.flops, counting.attention_rate)
+        counting.note("attention", ctx.size, flops, rate)
         return torch.empty_like(q)
 
     @staticmethod
     def backward(ctx, grad):
-        rate = ctx.counting.attention_rate / 2
-        ctx.counting.note("attention", 2 * ctx.size, 5 * ctx.flops // 2, rate)
-        return None, None, *(torch.empty_like(t) for t in ctx.save[1:])
+        ctx.counting.note("attention", 2 * ctx.size, 5 * ctx.flops // 2, ctx.rate / 2)
+        return None, None, None, None, *(torch.empty_like(t) for t in ctx.inputs)
+
+
+def keep_mask(mask, positions, device):
+    """What `ragged.fitting` does where there is no kernel."""
+    return mask
 
 
 def build(args) -> torch.nn.Module:
@@ -141,10 +144,18 @@ def fused(counting):
     return lambda device: dequantize
 
 
+def products(args) -> int:
+    """Pairs of a query and a key that a row's mask allows: two causal texts, one with a prompt."""
+    prompt, answer = args.prompt, args.length - args.prompt
+    causal = args.length * (args.length + 1) // 2
+    return causal + answer * prompt + answer * (answer + 1) // 2
+
+
 def count_step(args) -> dict:
     """Forward, backward, clipping, AdamW: {part: {launches, bytes, flops, seconds}}."""
     model = build(args)
-    batch = make_batch(args, model.config.vocab_size, GPU)
+    with mock.patch.object(ragged, "fitting", ragged.Ragged if args.ragged else keep_mask):
+        batch = make_batch(args, model.config.vocab_size, GPU)
     counting = Counting(args, scored=2 * args.pairs * (args.length - args.prompt))
     right = nf4.dequantize_nf4
 
@@ -155,7 +166,14 @@ def count_step(args) -> dict:
         return weight
 
     def attend(q, k, v, attn_mask, is_causal, enable_gqa):
-        return CountedAttention.apply(counting, attn_mask, q, k, v)
+        if isinstance(attn_mask, ragged.Ragged):
+            return attn_mask.attention(laid_out, q, k, v)
+        flops = 4 * q.numel() * k.shape[2]  # it computes what the mask forbids, too
+        return CountedAttention.apply(counting, flops, args.mask_rate * 1e12, attn_mask, q, k, v)
+
+    def laid_out(q, k, v, *_, window_size):  # [N or M, H, K]
+        flops = 4 * q.shape[1] * q.shape[2] * args.pairs * products(args)
+        return CountedAttention.apply(counting, flops, args.ragged_rate * 1e12, None, q, k, v)
 
     trained = [p for p in model.parameters() if p.requires_grad]
     with contextlib.ExitStack() as stack:
@@ -180,7 +198,9 @@ def main():
     parser.add_argument("--fused", action=on_off, default=True, help="dequantize in one kernel")
     parser.add_argument("--bandwidth", type=float, default=3.0, help="TB/s of the memory")
     parser.add_argument("--rate", type=float, default=700, help="TFLOP/s of matrix products")
-    parser.add_argument("--attention-rate", type=float, default=130, help="TFLOP/s with a mask")
+    parser.add_argument("--ragged", action=on_off, default=True, help="attention without the mask")
+    parser.add_argument("--mask-rate", type=float, default=130, help="TFLOP/s of masked attention")
+    parser.add_argument("--ragged-rate", type=float, default=200, help="TFLOP/s without the mask")
     parser.set_defaults(dtype="bfloat16", device="meta", gradient_checkpointing=False)
     args = read_arguments(parser)
     parts = count_step(args)

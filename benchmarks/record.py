@@ -87,7 +87,7 @@ def write_result(path, data: dict):
 def settings_record(args) -> dict:
     """The flags as they go into a result. Only the name of a model or data path is kept."""
     settings = {k: v for k, v in vars(args).items() if k not in NOT_RECORDED}
-    names = {k: Path(settings[k]).name for k in ("model", "data") if settings.get(k)}
+    names = {k: Path(settings[k]).name for k in ("model", "data", "against") if settings.get(k)}
     return settings | names
 
 

@@ -16,6 +16,7 @@ from functools import partial
 import torch
 
 from dpo_minimal import InputError
+from dpo_minimal.extras import ragged
 
 
 @dataclass
@@ -82,7 +83,7 @@ def pair_batch(pairs, indices: list[int], device) -> Batch:
         count=len(indices),
         num_tokens=num_tokens,
         positions=pad(positions, 0, torch.int64, device),
-        mask=torch.ones_like(apart).tril() & ~apart,
+        mask=ragged.fitting(torch.ones_like(apart).tril() & ~apart, positions, device),
         indices=indices,
         rejected=is_rejected,
         sources=pad(sources, 0, torch.int64, device),
@@ -114,7 +115,7 @@ def packed_batch(examples, rows: list[list[int]], device) -> Batch:
         count=sum(map(sum, scored)),
         num_tokens=sum(map(len, tokens)),
         positions=pad(positions, 0, torch.int64, device),
-        mask=same.tril(),
+        mask=ragged.fitting(same.tril(), positions, device),
     )
 
 

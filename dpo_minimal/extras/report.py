@@ -90,7 +90,8 @@ def compare(model, tokenizer, questions, device, max_new_tokens, seed, judged, l
                 first = sample_answers(
                     model, tokenizer, questions[:8], max_new_tokens, temperature=0
                 )
-                kl = kl_estimate(model, reference, prompts, ids, device)
+                same = adapters == reference  # then every ratio is 1
+                kl = 0.0 if same else kl_estimate(model, reference, prompts, ids, device)
             sampled[name] = [tokenizer.decode(answer).strip() for answer in ids]
             greedy[name] = [tokenizer.decode(answer).strip() for answer in first]
             table[name] = {"kl_to_sft" if reference else "kl_to_base": kl}
