@@ -17,7 +17,7 @@ from dpo_minimal.batches import packed_batch, packed_order, pair_batch, pair_ord
 from dpo_minimal.checkpoint import load_adapter, load_llama, save_adapter, save_llama
 from dpo_minimal.data import encode_pairs, keep_fitting
 from dpo_minimal.evaluate import evaluate_pairs, one_epoch
-from dpo_minimal.extras import large, parallel, preflight, progress, report, reuse, signals
+from dpo_minimal.extras import early, large, parallel, preflight, progress, report, reuse, signals
 from dpo_minimal.extras.command_line import run_command
 from dpo_minimal.extras.losses import batch_lengths, loss_settings, preference_loss
 from dpo_minimal.extras.machine import peak_memory_gb
@@ -73,14 +73,12 @@ def main():
         run.start()
     if run.is_due("sft"):
         sft(run, model, texts, window)
+    if not args.no_sft:
+        load_adapter(model, run.out / "sft", "sft")  # the saved weights, whoever trained them
     if run.is_due("dpo"):
-        if not args.no_sft:
-            load_adapter(model, run.out / "sft", "sft")  # the saved weights, whoever trained them
         dpo(run, model, pairs, held_out)
     parallel.leave()  # process 0 goes on alone
     if run.is_due("evaluate"):
-        if not args.no_sft:
-            load_adapter(model, run.out / "sft", "sft")
         load_adapter(model, run.out / "dpo", "dpo")  # this one is sft + dpo: activate it alone
         evaluate(run, model, tokenizer, splits.evaluation, held_out)
     tell(f"done      {run.out}, peak memory {peak_memory_gb():.2f} GB")
@@ -192,6 +190,7 @@ def dpo(run: Run, model, pairs, held_out):
         )
 
     evaluate_held_out = evaluation_of(run, held_out, tables["held-out"], settings.batch_size)
+    evaluate_held_out = early.with_kl(run, model, held_out, evaluate_held_out)
     order = pair_order(pairs, settings.batch_size, args.seed)
     collate = partial(pair_batch, pairs, device=run.device)
     stage = Stage("dpo", objective, order, collate, evaluate_held_out, tables)

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import math
 from collections import Counter
+from functools import partial
 from unittest import mock
 
 import torch
@@ -100,7 +101,7 @@ class CountedAttention(torch.autograd.Function):
 
 
 def keep_mask(mask, positions, device):
-    """What `ragged.fitting` does where there is no kernel."""
+    """What `ragged.mask_for` does where there is no kernel."""
     return mask
 
 
@@ -154,7 +155,8 @@ def products(args) -> int:
 def count_step(args) -> dict:
     """Forward, backward, clipping, AdamW: {part: {launches, bytes, flops, seconds}}."""
     model = build(args)
-    with mock.patch.object(ragged, "fitting", ragged.Ragged if args.ragged else keep_mask):
+    lay_out = partial(ragged.Ragged, attend=None) if args.ragged else keep_mask
+    with mock.patch.object(ragged, "mask_for", lay_out):
         batch = make_batch(args, model.config.vocab_size, GPU)
     counting = Counting(args, scored=2 * args.pairs * (args.length - args.prompt))
     right = nf4.dequantize_nf4
@@ -167,7 +169,8 @@ def count_step(args) -> dict:
 
     def attend(q, k, v, attn_mask, is_causal, enable_gqa):
         if isinstance(attn_mask, ragged.Ragged):
-            return attn_mask.attention(laid_out, q, k, v)
+            attn_mask.attend = laid_out
+            return attn_mask.attention(q, k, v)
         flops = 4 * q.numel() * k.shape[2]  # it computes what the mask forbids, too
         return CountedAttention.apply(counting, flops, args.mask_rate * 1e12, attn_mask, q, k, v)
 

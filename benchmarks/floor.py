@@ -5,16 +5,20 @@
 The ceilings are measured: matrix products (one large and square, and all those of the step),
 copying, dequantizing. The products of the step are counted by hand (`products`, `flops`). The
 result is two shares: the step's rate of operations as a share of the large product's rate, and the
-time of the step's products and dequantizations alone as a share of the step's time.
+time of the step's products and dequantizations alone as a share of the step's time. And it is a
+roofline: for each part of a step the least time at the large product's rate, and the time that a
+profiler finds.
 """
 
 import statistics
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from record import save
 from step import build_model, make_batch, make_step, read_arguments, seconds_each, step_parser
 
+from dpo_minimal import nf4
 from dpo_minimal.loss import CHUNK
 from dpo_minimal.nf4 import dequantize_nf4, quantize_nf4
 
@@ -127,6 +131,51 @@ def shape_rates(config, args, batch) -> list[dict]:
     return result
 
 
+def seconds_by_part(step, device: str) -> dict[str, float]:
+    """Where the time of one step goes, by the names of its operations, from torch's profiler."""
+    profiler = torch.profiler
+
+    def dequantize(quantized):
+        with profiler.record_function("dequantizing"):
+            return dequantize_nf4(quantized)
+
+    with mock.patch.object(nf4, "dequantize_nf4", dequantize), profiler.profile() as profile:
+        step()
+    found = dict.fromkeys(("products", "attention", "dequantizing", "the rest"), 0.0)
+    for event in profile.key_averages():
+        if (
+            event.device_type != torch.autograd.DeviceType.CPU
+        ):  # of a kernel; its operation tells it
+            continue
+        on_gpu = device.startswith("cuda")
+        own = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
+        total = (event.device_time_total if on_gpu else event.cpu_time_total) / 1e6
+        if event.key == "dequantizing":
+            found["dequantizing"] += total
+            found["the rest"] += own - total  # its operations are counted below as well
+        elif event.key in ("aten::mm", "aten::addmm", "aten::bmm"):
+            found["products"] += own
+        elif "attention" in event.key:
+            found["attention"] += own
+        else:
+            found["the rest"] += own
+    return found
+
+
+def roofline(counted, rates: dict[str, float], found: dict[str, float]) -> dict[str, dict]:
+    """For each part of a step: the least seconds at these FLOP/s, the seconds found, the share."""
+    work = {
+        "products": counted["base and head"] + counted["adapters"],
+        "attention": counted["attention"],
+    }
+    parts = {}
+    for part, seconds in found.items():
+        least = work[part] / rates[part] if part in work else 0.0
+        share = least / seconds if least else None
+        parts[part] = {"floor_seconds": least, "seconds": seconds, "share": share}
+    return parts
+
+
 # --- the comparison ---------------------------------------------------------------------------
 
 
@@ -134,12 +183,18 @@ def measure(args) -> dict:
     """Time the step, count its operations, measure the ceilings, compute the shares."""
     model = build_model(args)
     batch, config = make_batch(args, model.config.vocab_size), model.config
-    seconds = statistics.median(seconds_each(make_step(model, batch)[0], args.steps))
-    del model
+    step = make_step(model, batch)[0]
+    seconds = statistics.median(seconds_each(step, args.steps))
+    found = seconds_by_part(step, args.device)
+    del model, step
     counted = flops(config, args, batch)
     shapes = shape_rates(config, args, batch)
     result = {"ceilings": ceilings(args), "shapes": shapes, "flops": counted}
     square = result["ceilings"][f"{args.square} x {args.square} {args.dtype}, FLOP/s"]
+    rates = {"products": square, "attention": square}
+    if args.device == "cpu":  # where attention computes in float32
+        rates["attention"] = result["ceilings"][f"{args.square} x {args.square} float32, FLOP/s"]
+    result["roofline"] = roofline(counted, rates, found)
     own = sum(shape["times"] * shape["seconds"] for shape in shapes)
     dequantizing = dequantize_seconds(config, args)
     result["step"] = {
@@ -177,6 +232,11 @@ def show(result: dict):
     for name, value in result["step"].items():
         scaled, form = (value / 1e9, ",.1f") if value > 1e7 else (value, ",.3f")
         print(f"{name + (' / 1e9' if value > 1e7 else ''):42}{scaled:>12{form}}")
+    print(f"\n{'part of a step':>42}{'floor, ms':>12}{'found, ms':>12}{'share':>8}")
+    for name, part in result["roofline"].items():
+        share = "-" if part["share"] is None else f"{part['share']:.0%}"
+        floor, seconds = part["floor_seconds"] * 1e3, part["seconds"] * 1e3
+        print(f"{name:>42}{floor:>12,.0f}{seconds:>12,.0f}{share:>8}")
 
 
 def main():

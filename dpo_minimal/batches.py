@@ -24,10 +24,10 @@ class Batch:
     """Rows padded on the right: tokens int64 [B, T], loss_mask bool [B, T], True where scored.
 
     `count` is what the loss is averaged over: pairs (DPO) or scored tokens (SFT). `num_tokens`
-    counts tokens without pads, and a pair's prompt twice. `mask` bool [B, 1, T, T] separates the
-    texts in a row, and `positions` int64 [B, T] restart for each. For pairs, `indices` says which
-    ones they are, `rejected` bool [B, T] is True at the rejected answers, and `sources` int64
-    [B, T] gives for each token the place in its row whose state predicts it.
+    counts tokens without pads, and a pair's prompt twice. `mask` bool [B, 1, T, T] (on a GPU
+    `Ragged`) separates the texts in a row; `positions` int64 [B, T] restart for each. For pairs,
+    `indices` says which, `rejected` bool [B, T] is True at the rejected answers, and `sources`
+    int64 [B, T] gives for each token the place in its row whose state predicts it.
     """
 
     tokens: torch.Tensor
@@ -83,7 +83,7 @@ def pair_batch(pairs, indices: list[int], device) -> Batch:
         count=len(indices),
         num_tokens=num_tokens,
         positions=pad(positions, 0, torch.int64, device),
-        mask=ragged.fitting(torch.ones_like(apart).tril() & ~apart, positions, device),
+        mask=ragged.mask_for(torch.ones_like(apart).tril() & ~apart, positions, device),
         indices=indices,
         rejected=is_rejected,
         sources=pad(sources, 0, torch.int64, device),
@@ -115,7 +115,7 @@ def packed_batch(examples, rows: list[list[int]], device) -> Batch:
         count=sum(map(sum, scored)),
         num_tokens=sum(map(len, tokens)),
         positions=pad(positions, 0, torch.int64, device),
-        mask=ragged.fitting(same.tril(), positions, device),
+        mask=ragged.mask_for(same.tril(), positions, device),
     )
 
 

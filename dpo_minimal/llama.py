@@ -83,8 +83,7 @@ def inverse_frequencies(config: LlamaConfig, dtype: torch.dtype, device=None) ->
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies
-    wavelengths = 2 * math.pi / frequencies
-    turns = scaling["original_max_position_embeddings"] / wavelengths
+    turns = scaling["original_max_position_embeddings"] / (2 * math.pi / frequencies)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - keep) * frequencies / scaling["factor"] + keep * frequencies

@@ -46,7 +46,7 @@ class Log:
         text = f"{self.stage:9}"
         text += f"step {step:>4} held out " if prefix else f"step {step + 1:>4}/{self.steps} "
         forms = {"loss": ".6f", "rewards/chosen": "+.3f"}
-        forms |= {"rewards/margins": "+.3f", "rewards/accuracies": ".2f"}
+        forms |= {"rewards/margins": "+.3f", "rewards/accuracies": ".2f", "kl": ".2f"}
         for name, form in forms.items():
             if prefix + name in row:
                 text += f" {name.split('/')[-1]} {row[prefix + name]:{form}}"

@@ -16,7 +16,7 @@ import torch
 
 from dpo_minimal import InputError
 from dpo_minimal.batches import Order
-from dpo_minimal.extras import parallel, progress
+from dpo_minimal.extras import early, parallel, progress
 from dpo_minimal.extras.reading import reading
 from dpo_minimal.files import read_sealed, write_sealed
 from dpo_minimal.log import Log
@@ -37,6 +37,7 @@ class Settings:
     eval_every: int = 0  # 0: not during training
     eval_at_start: bool = True  # False saves the time; the result is known: all rewards are 0
     save_every: int = 0
+    stop_when: float | None = None  # see `extras.early`
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,10 @@ def train(model, stage: Stage, settings: Settings, folder, resume: bool = False,
     model.train()
     for step in range(first_step, steps):
         if stage.evaluate and evaluation_is_due(step, settings):
-            log.write(step, prefix="eval_", **stage.evaluate(model))
+            found = stage.evaluate(model)
+            log.write(step, prefix="eval_", **found)
+            if early.stops(found, settings.stop_when):
+                break
         started = time.perf_counter()
         rate = learning_rate(step, steps, settings)
         for group in optimizer.param_groups:
@@ -123,17 +127,18 @@ def train(model, stage: Stage, settings: Settings, folder, resume: bool = False,
             save_and_stop(state_path, model, optimizer, stage, reached)
         if settings.save_every and (step + 1) % settings.save_every == 0 and parallel.first():
             save_state(state_path, model, optimizer, stage.tables, reached)
-    if stage.evaluate:
-        log.write(steps, prefix="eval_", **stage.evaluate(model))
+    else:
+        step = steps
+        if stage.evaluate:
+            log.write(step, prefix="eval_", **stage.evaluate(model))
     if parallel.total(len(asked)):  # during that evaluation
-        save_and_stop(state_path, model, optimizer, stage, (steps, num_tokens, place))
+        save_and_stop(state_path, model, optimizer, stage, (step, num_tokens, place))
 
 
 def evaluation_is_due(step: int, settings: Settings) -> bool:
     """Whether to evaluate before this step; an evaluation after the last step always happens."""
-    if not settings.eval_every or step % settings.eval_every:
-        return False
-    return step > 0 or settings.eval_at_start
+    due = settings.eval_every and step % settings.eval_every == 0
+    return bool(due) and (step > 0 or settings.eval_at_start)
 
 
 def next_batches(draw, grad_accum: int, collate):
@@ -175,9 +180,8 @@ def start(state_path: Path, model, optimizer, tables, resume: bool):
 
 def save_state(path: Path, model, optimizer, tables, reached):
     """Write all that an interrupted stage needs: weights, Adam, random state, tables, place."""
-    trained = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     state = {
-        "trained": trained,
+        "trained": {name: p.data for name, p in model.named_parameters() if p.requires_grad},
         "optimizer": optimizer.state_dict(),
         "rng": torch.get_rng_state(),
         "tables": tables,

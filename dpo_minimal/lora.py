@@ -129,8 +129,7 @@ def active_adapters(model: nn.Module, names):
     again there. ValueError for a name that no layer has, which would silently switch all off.
     """
     layers = lora_layers(model).values()
-    unknown = set(names) - set(adapter_names(model))
-    if unknown or isinstance(names, str):
+    if isinstance(names, str) or set(names) - set(adapter_names(model)):
         raise ValueError(f"active_adapters: {names!r} is not a list of names that adapters have")
     before = [layer.active for layer in layers]
     for layer in layers:

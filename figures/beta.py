@@ -56,8 +56,8 @@ def draw(data, plt):
         end.plot(best["kl"], best["score"], "o", markerfacecolor="white", color=colour)
         end.plot(found["kl"], found["score"], "o", color=colour)
         label(end, found["kl"], found["score"], f"β = {float(beta):g}", colour, (8, -3))
-    speed.set(title="reward margin β·Δ", xlabel="step", ylabel="reward")
-    nats.set(title="log-ratio margin Δ", xlabel="step", ylabel="nats", yscale="log")
+    speed.set(title="reward margin β·δ", xlabel="step", ylabel="reward")
+    nats.set(title="log-ratio margin δ", xlabel="step", ylabel="nats", yscale="log")
     end.set(
         title="new questions: tuned ●, optimum ○",
         xlabel="KL to SFT, nats",

@@ -1,6 +1,6 @@
 """The court of losses: all from the same SFT and the same votes, judged by the truth.
 
-    python figures/court.py [--draw]     the whole: 140 policies, each on one core; about 80 minutes
+    python figures/court.py [--draw]     the whole: 200 policies, each on one core; about two hours
                                          of two slow cores. An interrupted run goes on
     python figures/court.py --quick      each loss once, briefly, to see that all of it works
 
@@ -90,8 +90,7 @@ def cases(quick: bool):
         for name, settings in LOSSES.items():
             yield name, Case(settings, steps=8, questions=10)
         return
-    conditions = [*((votes, ALL) for votes in VOTES), ("clean", FEW)]
-    for seed, (votes, count) in itertools.product(SEEDS, conditions):
+    for seed, count, votes in itertools.product(SEEDS, (ALL, FEW), VOTES):
         for name, settings in LOSSES.items():
             yield name, Case(settings, votes, count, seed)
 
@@ -224,34 +223,45 @@ def format_tables(data: dict) -> str:
 
 
 def draw(data, plt):
-    """For each condition the frontier with all policies, and below it each loss with its range."""
+    """Policies of 1,000 votes beside the frontier; below, each loss with its range, also of 100."""
     parts = conditions(data)
-    size = (3.1 * len(parts), 7.2)
     figure, grid = plt.subplots(
-        2, len(parts), figsize=size, sharey="row", sharex="row", layout="constrained"
+        3, len(VOTES), figsize=(11, 9.6), sharey="row", sharex="row", layout="constrained"
     )
-    curve = list(reversed(data["frontier"]))
-    for (above, below), (condition, losses) in zip(grid.T, parts.items(), strict=True):
-        above.plot([p["kl"] for p in curve], [p["score"] for p in curve], color=GREY, zorder=1)
-        for found in losses.values():
-            exact, spoken = points(found)
-            above.plot(*zip(exact, spoken, strict=True), "-", color=GREY, linewidth=0.6)
-            above.plot(*exact, "o", color=BLUE, markersize=4)
-            above.plot(*spoken, "o", color=ORANGE, markersize=4)
-        above.set(title=condition, xlim=(-0.1, 2.9), ylim=(-1.3, 3.9), xlabel="KL to SFT, nats")
-        for y, found in enumerate(reversed(losses.values())):
-            for up, metric, colour in ((0.15, "score", BLUE), (-0.15, SPOKEN, ORANGE)):
-                values = found[metric]
-                below.plot([values["min"], values["max"]], [y + up] * 2, color=colour)
-                below.plot(values["mean"], y + up, "o", color=colour, markersize=4)
-        below.set_yticks(range(len(losses)), list(reversed(losses)))
-        below.set(xlabel="true score", xlim=(-1.3, 2.3))
+    for column, votes in enumerate(VOTES):
+        draw_frontier(grid[0, column], data["frontier"], parts[f"{ALL:,} votes, {votes}"])
+        grid[0, column].set_title(f"votes: {votes}")
+        for row, count in enumerate((ALL, FEW), start=1):
+            draw_ranges(grid[row, column], parts[f"{count:,} votes, {votes}"], f"{count:,} votes")
     grid[0, 0].set_ylabel("true score")
-    label(grid[0, 0], curve[-8]["kl"], curve[-8]["score"], "the best for its KL", GREY, (6, -14))
+    curve = data["frontier"][7]
+    label(grid[0, 0], curve["kl"], curve["score"], "the best for its KL", GREY, (6, -14))
     label(grid[0, 0], 1.0, 0.6, "over the 15 answers", BLUE)
     label(grid[0, 0], 1.0, 0.1, "as it speaks", ORANGE)
     figure.suptitle("Ten losses on the same votes (below: means and ranges of three seeds)")
     return figure
+
+
+def draw_frontier(axis, frontier, losses):
+    """Both points of each policy, joined by a line."""
+    axis.plot([p["kl"] for p in frontier], [p["score"] for p in frontier], color=GREY, zorder=1)
+    for found in losses.values():
+        exact, spoken = points(found)
+        axis.plot(*zip(exact, spoken, strict=True), "-", color=GREY, linewidth=0.6)
+        axis.plot(*exact, "o", color=BLUE, markersize=4)
+        axis.plot(*spoken, "o", color=ORANGE, markersize=4)
+    axis.set(xlim=(-0.1, 2.9), ylim=(-1.3, 3.9), xlabel="KL to SFT, nats")
+
+
+def draw_ranges(axis, losses, votes: str):
+    """A row per loss: the score over the 15 answers and as it speaks, means and ranges."""
+    for y, found in enumerate(reversed(losses.values())):
+        for up, metric, colour in ((0.15, "score", BLUE), (-0.15, SPOKEN, ORANGE)):
+            values = found[metric]
+            axis.plot([values["min"], values["max"]], [y + up] * 2, color=colour)
+            axis.plot(values["mean"], y + up, "o", color=colour, markersize=4)
+    axis.set_yticks(range(len(losses)), list(reversed(losses)))
+    axis.set(xlabel=f"true score, {votes}", xlim=(-1.3, 2.3))
 
 
 def points(found: dict) -> tuple[tuple[float, float], tuple[float, float]]:

@@ -46,9 +46,11 @@ def compute() -> dict:
     kind = [i for i, vote in enumerate(votes) if vote[1:] == votes[ROW][1:]]
     stations = {}
     for name, case in CASES.items():
-        model = tuned(world, case, votes[: case.count] if case.steps > 1 else [votes[ROW]])
+        given = votes[: case.count] if case.steps > 1 else [votes[ROW]]
+        model = tuned(world, case, given)
         stations[name] = measure(model, encoded) | {
-            "deltas_of_its_kind": [delta_of(world, model, votes[i]) for i in kind]
+            "votes": len(given),
+            "deltas_of_its_kind": [delta_of(world, model, votes[i]) for i in kind],
         }
     return {
         "row": row,

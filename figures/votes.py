@@ -44,7 +44,7 @@ COLUMNS = {
     "mass": ("mass on the 15", "{:.0%}"),
     "sampled_share_garbled": ("garbled", "{:.0%}"),
 }
-SEEDS = (0, 1)
+SEEDS = (0, 1, 2)
 
 
 @dataclass(frozen=True)

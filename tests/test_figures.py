@@ -197,7 +197,7 @@ def test_a_thinned_curve_has_the_mean_of_each_15_whole_steps(count):
 
 def test_the_court_hears_every_loss_in_every_condition_once():
     whole, quick = [list(court.cases(quick)) for quick in (False, True)]
-    assert len(whole) == len(set(whole)) == 10 * 4 * 3  # 4 conditions, 3 seeds
+    assert len(whole) == len(set(whole)) == 10 * 6 * 3  # 6 conditions, 3 seeds
     assert [name for name, _ in quick] == list(court.LOSSES)
     for settings in court.LOSSES.values():
         check_loss(settings)

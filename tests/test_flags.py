@@ -118,6 +118,7 @@ def recorded(tmp_path_factory, model_folder, data):
         "--max-steps": 4,
         "--warmup-steps": 3,
         "--eval-every": 2,
+        "--stop-when": 1e6,
         "--save-every": 3,
         "--seed": SEED,
         "--max-length": MAX_LENGTH,

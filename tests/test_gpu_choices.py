@@ -13,7 +13,7 @@ from helpers import tiny_llama
 from dpo_minimal.data import EncodedPair
 from dpo_minimal.extras import compiled, machine, preflight
 from dpo_minimal.loop import Settings
-from dpo_minimal.nf4 import DYNAMIC_CODE, dequantize_nf4, on_device, quantize_nf4
+from dpo_minimal.nf4 import DYNAMIC_CODE, NF4Linear, dequantize_nf4, on_device, quantize_nf4
 
 
 @pytest.fixture
@@ -133,10 +133,16 @@ def test_the_flag_wins_and_on_a_cpu_it_is_on(monkeypatch):
 
 
 @pytest.fixture
-def count(monkeypatch):
-    """benchmarks/count.py."""
+def benchmark(monkeypatch):
+    """A function that imports a script of benchmarks/."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    return importlib.import_module("count")
+    return importlib.import_module
+
+
+@pytest.fixture
+def count(benchmark):
+    """benchmarks/count.py."""
+    return benchmark("count")
 
 
 def counted(count, monkeypatch, *flags):
@@ -152,7 +158,12 @@ def counted(count, monkeypatch, *flags):
 def test_what_a_step_does_on_a_gpu_is_counted_as_by_hand(count, monkeypatch):
     parts = counted(count, monkeypatch)
     L, B, D, T = 2, 3, 64, 40 + 20  # a row is the prompt (20) and both answers
-    assert parts["attention"]["flops"] == L * 4 * B * T * T * D * 3.5
+    # A token sees the tokens before it and itself: 40 of prompt + chosen; the 20 of rejected see
+    # the prompt as well.
+    seen = 40 * 41 // 2 + 20 * 20 + 20 * 21 // 2
+    assert parts["attention"]["flops"] == L * 4 * B * seen * D * 3.5
+    masked = counted(count, monkeypatch, "--no-ragged")
+    assert masked["attention"]["flops"] == L * 4 * B * T * T * D * 3.5
     assert parts["attention"]["launches"] == 2 * L
     again = counted(count, monkeypatch, "--gradient-checkpointing")
     assert again["attention"]["launches"] == 3 * L
@@ -165,3 +176,23 @@ def test_what_a_step_does_on_a_gpu_is_counted_as_by_hand(count, monkeypatch):
     saved = slow["dequantizing"]["launches"] - parts["dequantizing"]["launches"]
     assert saved in (3 * uses, 3 * uses + 1)
     assert slow["dequantizing"]["bytes"] > 5 * parts["dequantizing"]["bytes"] > 0
+
+
+def test_the_roofline_has_the_floor_and_the_share_of_what_is_counted(benchmark):
+    floor = benchmark("floor")
+    counted = {"base and head": 6e9, "adapters": 2e9, "attention": 3e9}
+    found = {"products": 4.0, "attention": 12.0, "the rest": 1.0}
+    lines = floor.roofline(counted, {"products": 4e9, "attention": 1e9}, found)
+    assert lines["products"] == {"floor_seconds": 2.0, "seconds": 4.0, "share": 0.5}
+    assert lines["attention"] == {"floor_seconds": 3.0, "seconds": 12.0, "share": 0.25}
+    assert lines["the rest"] == {"floor_seconds": 0.0, "seconds": 1.0, "share": None}
+
+
+def test_a_profile_tells_each_operation_once(benchmark):
+    floor = benchmark("floor")
+    layer = NF4Linear(quantize_nf4(torch.randn(256, 256)))
+    x = torch.randn(64, 256, requires_grad=True)
+    found = floor.seconds_by_part(lambda: layer(x).sum().backward(), "cpu")
+    assert set(found) == {"products", "attention", "dequantizing", "the rest"}
+    assert found["products"] > 0 and found["dequantizing"] > 0 and found["attention"] == 0
+    assert found["the rest"] > -1e-5  # what dequantizing does is not counted there again

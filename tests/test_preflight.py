@@ -92,6 +92,14 @@ def test_memory_is_what_is_held_and_what_a_step_adds(monkeypatch, stage):
     assert asked[0].tokens == 4 * asked[0].width and asked[0].adapters == (1 + (stage == "dpo"))
 
 
+def test_a_stop_that_no_evaluation_can_find_is_warned_of():
+    order = pair_order(PAIRS, 4, 0)  # 10 steps
+    for every, limit, warned in ((10, 5.0, True), (0, None, False), (9, 5.0, False)):
+        settings = Settings(learning_rate=1, batch_size=4, eval_every=every, stop_when=limit)
+        said = plan("dpo", PAIRS, settings, order)[0]
+        assert ("warning   --stop-when never looks: --eval-every 10, 10 steps" in said) == warned
+
+
 def test_memory_that_the_system_does_not_tell_is_left_out(monkeypatch):
     monkeypatch.setattr(preflight, "memory_now", lambda device: None)
     settings = Settings(learning_rate=1, batch_size=4)

@@ -4,7 +4,7 @@ The kernel runs on GPUs only. A loop over the texts stands in for it: what is te
 it, and that a kernel with another idea of "causal" is noticed.
 """
 
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -49,8 +49,7 @@ def end_to_end(monkeypatch):
         return text_by_text(*args, **kwargs)
 
     def switch_on():
-        monkeypatch.setattr(ragged, "fitting", ragged.Ragged)
-        monkeypatch.setattr(ragged, "kernel", lambda device: attend)
+        monkeypatch.setattr(ragged, "mask_for", partial(ragged.Ragged, attend=attend))
         monkeypatch.setattr(ragged, "fits", lambda q: True)  # float64 too
         return calls
 
@@ -99,37 +98,64 @@ def test_only_the_products_that_the_mask_allows_are_computed(end_to_end):
     assert (len(q), len(k), max_q, max_k) == (21, 30, 6, 6)
 
 
-def test_a_right_kernel_is_taken_and_another_idea_of_causal_is_not(monkeypatch, capsys):
+@pytest.fixture
+def chosen(monkeypatch):
+    """A function: whether `kernel` takes this one as torch's."""
     varlen = pytest.importorskip("torch.nn.attention.varlen")
+    monkeypatch.setattr(ragged, "kernel", cache(ragged.kernel.__wrapped__))
 
-    def chosen(attend):
+    def taken(attend):
         ragged.kernel.cache_clear()
         monkeypatch.setattr(varlen, "varlen_attn", attend)
-        kernel = ragged.kernel(CPU)
-        ragged.kernel.cache_clear()
-        return kernel
+        return ragged.kernel(CPU) is attend
 
-    assert chosen(text_by_text) is text_by_text
+    return taken
+
+
+def test_a_right_kernel_is_taken_and_another_idea_of_causal_is_not(chosen, capsys):
+    with torch.no_grad():  # an evaluation may come first
+        assert chosen(text_by_text)
     assert capsys.readouterr().out == ""
     from_the_top = partial(text_by_text, shift=0)  # a text's first query sees the first key only
-    assert chosen(from_the_top) is None
-    assert "warning   attention computes what the mask forbids too (1.0" in capsys.readouterr().out
+    assert not chosen(from_the_top)
+    assert "warning   attention computes what the mask forbids too (1." in capsys.readouterr().out
 
 
-def test_where_there_is_no_kernel_the_mask_is_used_and_that_is_said(capsys):
-    ragged.kernel.cache_clear()
+class Broken(torch.autograd.Function):
+    """The identity, with a gradient of NaN."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * torch.nan
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_kernel_with_a_broken_gradient_is_not_taken(chosen, which):
+    def attend(*args, **kwargs):
+        args = [Broken.apply(t) if i == which else t for i, t in enumerate(args)]
+        return text_by_text(*args, **kwargs)
+
+    assert not chosen(attend)
+
+
+def test_where_there_is_no_kernel_that_is_said_once(monkeypatch, capsys):
+    monkeypatch.setattr(ragged, "kernel", cache(ragged.kernel.__wrapped__))
     assert ragged.kernel(CPU) is None  # flash attention is not for CPUs
     assert capsys.readouterr().out.startswith("warning   attention computes what the mask forbids")
+    assert ragged.kernel(CPU) is None
+    assert capsys.readouterr().out == ""
+
+
+def test_where_the_kernel_does_not_fit_the_mask_is_used():
     mask = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
     q, k, v = torch.randn(3, 1, 2, 3, 8, generator=torch.Generator().manual_seed(0))
-    expected = F.scaled_dot_product_attention(q, k, v, mask)
-    for dtype in (torch.float32, torch.bfloat16):
-        found = F.scaled_dot_product_attention(
-            q.to(dtype), k.to(dtype), v.to(dtype), ragged.Ragged(mask, [[0, 1, 2]], CPU)
-        )
-        assert torch.allclose(found.float(), expected, atol=0.02)
-    assert capsys.readouterr().out == ""  # once
-    ragged.kernel.cache_clear()
+    laid_out = ragged.Ragged(mask, [[0, 1, 2]], CPU, attend=None)  # which cannot be called
+    found = F.scaled_dot_product_attention(q, k, v, laid_out)
+    assert torch.equal(found, F.scaled_dot_product_attention(q, k, v, mask))
 
 
 @pytest.mark.parametrize(
@@ -142,8 +168,14 @@ def test_the_kernel_is_for_16_bits_and_usual_heads(dtype, head, expected):
 
 
 def test_masks_are_kept_but_on_a_gpu(monkeypatch):
-    mask = torch.ones(1, 1, 2, 2, dtype=torch.bool)
+    mask, cuda = torch.ones(1, 1, 2, 2, dtype=torch.bool), torch.device("cuda:1")
     monkeypatch.setattr(ragged, "Ragged", lambda *given: given)
-    assert ragged.fitting(mask, [[0, 1]], "cpu") is mask
-    assert ragged.fitting(mask, [[0, 1]], CPU) is mask
-    assert ragged.fitting(mask, [[0, 1]], "cuda:1") == (mask, [[0, 1]], "cuda:1")
+    for found in ("a kernel", None):
+        monkeypatch.setattr(ragged, "kernel", {cuda: found}.get)
+        for device in ("cpu", CPU):
+            assert ragged.mask_for(mask, [[0, 1]], device) is mask
+        on_gpu = ragged.mask_for(mask, [[0, 1]], "cuda:1")
+        if found:
+            assert on_gpu[0] is mask and on_gpu[1:] == ([[0, 1]], cuda, found)
+        else:
+            assert on_gpu is mask

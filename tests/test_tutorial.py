@@ -235,9 +235,19 @@ def spoken_share(name):
     return (score - start) / (frontier_at(kl) - start)
 
 
-def of_its_kind(when):
+def of_its_kind(when, trained=(True, False)):
     """How many votes of the kind of one_pair.json's have a positive delta."""
-    return sum(d > 0 for d in value_at("figures/results/one_pair.json", when))
+    deltas = value_at("figures/results/one_pair.json", f"{when}:deltas_of_its_kind")
+    return sum(
+        delta > 0 and was in trained for delta, was in zip(deltas, were_trained(), strict=True)
+    )
+
+
+def were_trained():
+    """For each vote of the kind, whether it was among the votes of "after 100 steps"."""
+    rows = value_at("figures/results/one_pair.json", "rows_of_its_kind")
+    count = value_at("figures/results/one_pair.json", "after 100 steps:votes")
+    return [row < count for row in rows]
 
 
 def error_of_garbled():
@@ -250,11 +260,13 @@ def error_of_garbled():
 COMPUTED = {
     f"computed: {name}": value
     for name, value in {
-        "votes of the pair's kind raised by one step": lambda: of_its_kind(
-            "after one step:deltas_of_its_kind"
+        "votes of the pair's kind raised by one step": lambda: of_its_kind("after one step"),
+        "votes of the pair's kind trained on": lambda: sum(were_trained()),
+        "trained votes of the pair's kind right after 100 steps": lambda: of_its_kind(
+            "after 100 steps", trained=[True]
         ),
-        "votes of the pair's kind right after 100 steps": lambda: of_its_kind(
-            "after 100 steps:deltas_of_its_kind"
+        "other votes of the pair's kind right after 100 steps": lambda: of_its_kind(
+            "after 100 steps", trained=[False]
         ),
         "ln 15 per token": lambda: (
             math.log(15) / value_at("figures/results/length.json", "mean_tokens")

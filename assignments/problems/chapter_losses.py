@@ -68,14 +68,15 @@ LOGPS = Problem(
     holes=("chunk_logps", "token_logps", "sequence_logps"),
     text="""`chunk_logps`: log softmax(head(hidden))[target] in float32 at least. `token_logps`: the
 same for each scored token, from `model.hidden` at the place before it (or at `sources`), row after
-row. The head runs on scored places only, CHUNK of them at a time. All chunks but the last are
+row. The head runs on scored places only, CHUNK of them at a time. (CHUNK is the number at the top
+of the file. A check changes it, so read it when you need it.) All chunks but the last are
 recomputed in backward (`checkpoint`; if you leave that out, it costs memory but no points).
 `sequence_logps`: the sum over each row's scored tokens. The library's losses and log-softmax are
 refused.""",
     checks=(
         Check(
             *("shape", 1, "logps", logps_inputs(3, 6), expect_logps),
-            "One float32 number a row.",
+            "One number per row, in float32 for inputs in float32.",
         ),
         Check(
             *("hand value", 3, "logps", logps_inputs(1, 3, V=3, D=1), expect_logps),

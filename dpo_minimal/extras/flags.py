@@ -52,6 +52,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     training("--max-steps", type=whole(1, 10**9), help="most steps of each stage")
     training("--warmup-steps", type=whole(0), help="by default a tenth of the steps")
     training("--eval-every", type=whole(0), help="steps between evaluations; 0: only at the end")
+    limit = "end DPO at an evaluation that finds a KL above this (nats per answer)"
+    training("--stop-when", type=real(above=0), metavar="KL", help=limit)
     training("--save-every", type=whole(0), help="steps between saved states; 0: never")
     training("--seed", type=whole(0, 2**63 - 1), default=0, help="of all that is random (0)")
     model = parser.add_argument_group("model").add_argument
@@ -85,6 +87,8 @@ def check_flags(args):
     if (args.chat_template or args.template == "chat") and not args.data:
         raise InputError("--template chat goes with --model and --data: the forum is no chat")
     check_loss(loss_settings(vars(args)))
+    if args.stop_when is not None and args.eval_every == 0:
+        raise InputError("--stop-when looks at the evaluations: leave out --eval-every 0")
     check_device(args.device)
 
 

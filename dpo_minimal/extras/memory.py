@@ -97,6 +97,7 @@ def block_bytes(config: LlamaConfig, step: Step, frozen_input: bool) -> int:
     RMSNorm     its input and 1 / rms, in float32                                4 D + 4
     attention   q, k, v (repeated for all heads), output, log-sum-exp, on a CPU
                 in float32; and a row of the mask as numbers                     a (4 H K + T) + 4 H
+                or, for pairs on a GPU, at most twice the k and v (extras/ragged.py)
     SwiGLU      gate, silu(gate), up                                             3 e F
     linear      only its frozen weight, which is there anyway                    0
     adapter     see `adapter_bytes`
@@ -104,10 +105,11 @@ def block_bytes(config: LlamaConfig, step: Step, frozen_input: bool) -> int:
     e, D, F = step.dtype.itemsize, config.hidden_size, config.intermediate_size
     H, K, G = config.num_attention_heads, config.head_dim, config.num_key_value_heads
     a = e if step.on_gpu else 4  # bytes of a number in attention
+    more = max(step.width, 2 * H * K) if step.on_gpu and step.adapters == 2 else step.width
     # Each stage: its own bytes per token, and its linear layers.
     stages = [
         (4 * D + 4, {"q_proj": (D, H * K), "k_proj": (D, G * K), "v_proj": (D, G * K)}),
-        (a * (4 * H * K + step.width) + 4 * H, {"o_proj": (H * K, D)}),
+        (a * (4 * H * K + more) + 4 * H, {"o_proj": (H * K, D)}),
         (4 * D + 4, {"gate_proj": (D, F), "up_proj": (D, F)}),
         (3 * e * F, {"down_proj": (F, D)}),
     ]

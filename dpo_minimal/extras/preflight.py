@@ -64,6 +64,8 @@ def tell_plan(run, model, stage, examples, settings, log=print):
     if stage.name != "pretrain":
         longest = max(sum(map(len, e)) for e in known)
         tell_memory(run, model, settings, longest, is_dpo, log)
+    if is_dpo and settings.stop_when is not None and settings.eval_every >= steps:
+        log(f"warning   --stop-when never looks: --eval-every {settings.eval_every}, {steps} steps")
     if n < FEW:
         log(f"warning   {n} {'pairs' if is_dpo else 'texts'} are too few to learn much from")
     elif settings.batch_size * settings.grad_accum > rows:

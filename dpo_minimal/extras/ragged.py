@@ -15,14 +15,19 @@ from dpo_minimal.extras.reading import first_line
 LARGEST_HEAD = 256  # that the kernel has been written for
 
 
-def fitting(mask, positions: list[list[int]], device):
+def mask_for(mask, positions: list[list[int]], device):
     """What `Attention` is given as a mask: on a GPU one that brings its own kernel, else the mask.
+
+    So it is where there is a kernel. It is tried here, and not at its first use, which may be
+    inside of a checkpoint or a compiled block.
 
     mask bool [B, 1, T, T]; positions: those of each row, without pads. They must say the same: a
     run of consecutive positions is a text, which sees itself, causally; one that begins at position
     p is an answer, and also sees the first p tokens of its row.
     """
-    return Ragged(mask, positions, device) if torch.device(device).type == "cuda" else mask
+    device = torch.device(device)
+    attend = kernel(device) if device.type == "cuda" else None
+    return mask if attend is None else Ragged(mask, positions, device, attend)
 
 
 class Ragged:
@@ -30,9 +35,10 @@ class Ragged:
 
     Handed to `F.scaled_dot_product_attention` as a mask, it computes the result itself: torch asks
     arguments that have a `__torch_function__`. S texts, N queries and M keys of all texts together.
+    attend: the kernel.
     """
 
-    def __init__(self, mask, positions: list[list[int]], device):
+    def __init__(self, mask, positions: list[list[int]], device, attend):
         queries, keys = [], []  # (row, place) of each token, text after text
         query_ends, key_ends = [0], [0]
         for row, start, end, first in texts_of(positions):
@@ -40,7 +46,7 @@ class Ragged:
             keys += [(row, place) for place in (*range(first), *range(start, end))]
             query_ends.append(len(queries))
             key_ends.append(len(keys))
-        self.mask = mask
+        self.mask, self.attend = mask, attend
         self.queries = torch.tensor(queries, device=device).unbind(1)  # rows [N], places [N]
         self.keys = torch.tensor(keys, device=device).unbind(1)  # rows [M], places [M]
         self.query_ends = torch.tensor(query_ends, dtype=torch.int32, device=device)  # [S + 1]
@@ -50,18 +56,14 @@ class Ragged:
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         q, k, v, ragged = args
-        attend = kernel(q.device) if fits(q) else None
-        if attend is None:
-            return func(q, k, v, ragged.mask, **(kwargs or {}))
-        return ragged.attention(attend, q, k, v)
+        if fits(q):
+            return ragged.attention(q, k, v)
+        return func(q, k, v, ragged.mask, **(kwargs or {}))
 
-    def attention(self, attend, q, k, v):
-        """Attention by a kernel for texts laid end to end; q, k, v and the result [B, H, T, K].
-
-        The result is zero at pads.
-        """
+    def attention(self, q, k, v):
+        """Attention of texts laid end to end; q, k, v and the result [B, H, T, K], 0 at pads."""
         (q_rows, q_places), (k_rows, k_places) = self.queries, self.keys
-        y = attend(
+        y = self.attend(
             q[q_rows, :, q_places],  # [N, H, K]
             k[k_rows, :, k_places],  # [M, H, K]
             v[k_rows, :, k_places],  # [M, H, K]
@@ -70,8 +72,10 @@ class Ragged:
             *self.longest,
             window_size=(-1, 0),  # causal: a text's last query sees the last of its keys
         )
-        rows = q.new_zeros(q.shape).transpose(1, 2)  # [B, T, H, K]
-        return rows.index_put((q_rows, q_places), y).transpose(1, 2)
+        B, H, T, K = q.shape
+        rows = q.new_zeros(B, T, H, K)
+        rows[q_rows, q_places] = y
+        return rows.transpose(1, 2)
 
 
 def texts_of(positions: list[list[int]]):
@@ -103,36 +107,41 @@ def kernel(device: torch.device):
         from torch.nn.attention.varlen import varlen_attn
 
         difference = largest_difference(varlen_attn, device)
-    except (ImportError, RuntimeError, ValueError, TypeError) as error:
+    except Exception as error:  # of torch, the driver, a library: of any class
         varlen_attn, difference = None, first_line(error)[:80]
-    if varlen_attn is None or not difference < 0.03:  # bfloat16 keeps 8 bits of numbers up to 4
+    if varlen_attn is None or not difference < 0.03:  # some roundings to bfloat16's 8 bits
         print(f"warning   attention computes what the mask forbids too ({difference})", flush=True)
         return None
     return varlen_attn
 
 
+@torch.enable_grad()
 def largest_difference(attend, device) -> float:
     """Between a kernel's results and gradients and those of masked attention, relative to these.
 
-    Tried on two rows: one of a prompt and two answers, one of two packed texts.
+    Tried on two rows: one of a prompt and two answers, one of two packed texts and pads. They are
+    longer than the tiles that a kernel works in, and heads have Llama 2's size.
     """
-    positions = [[0, 1, 2, 3, 4, 5, 6, 3, 4], [0, 1, 2, 0, 1, 2, 3]]
-    sees = torch.zeros(2, 1, 9, 9, dtype=torch.bool)
+    positions = [[*range(200), *range(70, 170)], [*range(130), *range(90)]]
+    T = max(map(len, positions))
+    sees = torch.zeros(2, 1, T, T, dtype=torch.bool)
     for row, start, end, first in texts_of(positions):
         for place in range(start, end):
             sees[row, 0, place, [*range(first), *range(start, place + 1)]] = True
-    sees[1, 0, 7:, 0] = True  # pads: a query must see something
-    ragged = Ragged(sees.to(device), positions, device)
+    pads = slice(len(positions[1]), T)
+    sees[1, 0, pads, 0] = True  # a query must see something
+    ragged = Ragged(sees.to(device), positions, device, attend)
     generator = torch.Generator().manual_seed(0)
-    q, k, v, up = torch.randn(4, 2, 2, 9, 64, generator=generator).to(device, torch.bfloat16)
-    up[1, :, 7:] = 0
+    q, k, v, up = torch.randn(4, 2, 2, T, 128, generator=generator).to(device, torch.bfloat16)
+    up[1, :, pads] = 0
     found = []
-    for attention in (partial(ragged.attention, attend), partial(masked, ragged.mask)):
+    for attention in (ragged.attention, partial(masked, ragged.mask)):
         inputs = [t.clone().requires_grad_() for t in (q, k, v)]
         y = attention(*inputs)
         found.append([y.detach() * (up != 0), *torch.autograd.grad(y, inputs, up)])
     pairs = zip(*found, strict=True)
-    return max(float((ours - right).abs().max() / right.abs().max()) for ours, right in pairs)
+    differences = [(ours - right).abs().max() / right.abs().max() for ours, right in pairs]
+    return float(torch.stack(differences).max())  # NaN if any is
 
 
 def masked(mask, q, k, v):

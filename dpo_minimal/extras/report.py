@@ -7,7 +7,7 @@ from dpo_minimal import forum
 from dpo_minimal.data import encode_example
 from dpo_minimal.evaluate import kl_estimate
 from dpo_minimal.extras import card, digest, plots, trackers
-from dpo_minimal.extras.sampling import ready_to_sample
+from dpo_minimal.extras.sampling import answer_tokens, ready_to_sample
 from dpo_minimal.files import whole_file, write_json
 from dpo_minimal.formats.conversations import spoken
 from dpo_minimal.generate import sample_answers
@@ -166,7 +166,7 @@ def ask_held_out(run, model, tokenizer, texts, log=print):
         tokenizer,
         questions,
         device=run.device,
-        max_new_tokens=64 if run.on_forum else 128,
+        max_new_tokens=answer_tokens(run),
         seed=run.args.seed,
         judged=run.on_forum,
         log=log,
