@@ -75,9 +75,12 @@ def runs(tmp_path_factory, model_folder):
     """Folders of three runs that differ in --stop-when: none, out of reach, at once."""
     folder = tmp_path_factory.mktemp("early")
     data = write_rows(folder / "pairs.jsonl", preference_rows())
-    flags = ["--model", model_folder, "--data", data, *STEPS, *EVERY]
-    for name, limit in {"none": [], "far": [1e6], "near": [1e-6]}.items():
-        command(*flags, *(["--stop-when", *limit] if limit else []), "--out", folder / name)
+    flags = ["--model", model_folder, "--data", data, "--no-sft", *STEPS, *EVERY]
+    with pytest.MonkeyPatch.context() as patch:  # untrained models never end an answer
+        patch.setattr(early, "answer_tokens", lambda run: 8)
+        command(*flags, "--stage", "dpo", "--out", folder / "none")
+        command(*flags, "--stage", "dpo", "--stop-when", 1e6, "--out", folder / "far")
+        command(*flags, "--stop-when", 1e-6, "--out", folder / "near")
     return folder
 
 
