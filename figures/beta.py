@@ -22,6 +22,7 @@ def compute() -> dict:
     reference = t.reference_table(world)
     questions = w.asked(world)["held_out"]
     ref, scores = w.stack(reference, questions), w.stack(world.scores, questions)
+    t.tune_all(replace(DPO, beta=beta) for beta in BETAS)
     for beta in BETAS:
         result = t.tune(world, replace(DPO, beta=beta))
         data["beta"][beta] = {

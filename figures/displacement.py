@@ -38,6 +38,7 @@ def compute() -> dict:
     world = w.open_world()
     reference = t.reference_table(world)
     data = {"settings": asdict(DPO), "beta": {}}
+    t.tune_all(replace(DPO, beta=beta) for beta in BETAS)
     for beta in BETAS:
         result = t.tune(world, replace(DPO, beta=beta))
         run = {"steps_a_point": THIN}

@@ -60,6 +60,7 @@ def compute() -> dict:
     data = {"taste": TASTE, "mean_tokens": float(tokens.mean()), "mean_words": float(words.mean())}
     data["reference"] = w.exact(ref, ref, scores)
     data["reference"]["words"] = float((ref.softmax(dim=1) * words).sum(dim=1).mean())
+    t.tune_all(RUNS.values())
     for name, recipe in RUNS.items():
         result = t.tune(world, recipe)
         liked = scores + recipe.points_per_word * words

@@ -55,6 +55,7 @@ def compute() -> dict:
     """Exact scores and KL of each policy and of its optimum, and the margins in training."""
     world = w.open_world()
     reference, data = t.reference_table(world), {}
+    t.tune_all(recipes().values())
     for name, recipe in recipes().items():
         result = t.tune(world, recipe)
         run = {"settings": result["recipe"], "cpu_seconds": result["cpu_seconds"]}

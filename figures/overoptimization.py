@@ -29,6 +29,7 @@ PANELS = {
 def compute() -> dict:
     """Each run over its steps: what training sees, and what the judge sees."""
     world = w.open_world()
+    t.tune_all([*RUNS.values(), HEALTHY])
     healthy = t.tune(world, HEALTHY)
     data = {"questions": world.held_out[:4], "healthy_answers": healthy["samples"][:4]}
     data["healthy_end"] = healthy["held_out"]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from drawing import rounded
-from world import RUN, World, answer_logps, asked, exact, stack
+from world import RUN, World, answer_logps, asked, exact, on_all_cores, open_world, stack
 
 from benchmarks.record import TRAIN, read_log, run_script
 from dpo_minimal import forum
@@ -194,13 +194,32 @@ def tune(world: World, recipe: Recipe) -> dict:
     measurements of samples, "known_logps" and "held_out_logps": log pi of the answers,
     "cpu_seconds"}.
     """
-    folder = RUN / "tuned" / hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]
-    path = folder / "result.json"
+    path = result_path(recipe)
     if not path.exists():
         started = time.process_time()
-        result = {"recipe": asdict(recipe)} | train_and_measure(world, recipe, folder)
+        result = {"recipe": asdict(recipe)} | train_and_measure(world, recipe, path.parent)
         write_json(path, result | {"cpu_seconds": time.process_time() - started})
     return read_json(path)
+
+
+def result_path(recipe: Recipe) -> Path:
+    """Where a policy's measurements are kept."""
+    name = hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]
+    return RUN / "tuned" / name / "result.json"
+
+
+def tune_all(recipes):
+    """Tune those policies that are not there yet, on all cores. `tune` then reads what was found."""
+    missing = [recipe for recipe in recipes if not result_path(recipe).exists()]
+    world = open_world()
+    for precision in {recipe.precision for recipe in missing}:
+        reference_table(world, precision)  # once, before processes start that would each make it
+    on_all_cores(tune_alone, missing)
+
+
+def tune_alone(recipe: Recipe):
+    """`tune`, in a process of its own."""
+    tune(open_world(), recipe)
 
 
 def train_on(world: World, votes, recipe: Recipe, objective, settings: Settings, folder, evaluate):
