@@ -209,7 +209,7 @@ def result_path(recipe: Recipe) -> Path:
 
 
 def tune_all(recipes):
-    """Tune those policies that are not there yet, on all cores. `tune` then reads what was found."""
+    """Tune the policies that are not there yet, on all cores; `tune` then reads their results."""
     missing = [recipe for recipe in recipes if not result_path(recipe).exists()]
     world = open_world()
     for precision in {recipe.precision for recipe in missing}:
