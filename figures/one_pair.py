@@ -10,6 +10,7 @@ It takes about two minutes. Base and SFT are made first if they are not there, i
 """
 
 import tempfile
+from pathlib import Path
 
 import court
 import torch
@@ -73,7 +74,7 @@ def compute() -> dict:
 def tuned(world, case, votes):
     """The policy after the case's steps on these votes, without dropout from now on."""
     with tempfile.TemporaryDirectory() as folder:
-        return court.tune(world, case, votes, new_table(len(votes)), folder).eval()
+        return court.tune(world, case, votes, new_table(len(votes)), Path(folder)).eval()
 
 
 def as_vote(row: dict) -> tuple[str, int, int]:
