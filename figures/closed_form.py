@@ -92,7 +92,8 @@ def draw(data, plt):
     titles = ("over the 15 answers", "as the policy speaks: sampled, judged with all it contains")
     for axis, points, title in zip(panels, (part, spoken), titles, strict=True):
         axis.plot([p["kl"] for p in curve], [p["score"] for p in curve], color=GREY, zorder=1)
-        label(axis, curve[-1]["kl"], curve[-1]["score"], "the best for its KL", GREY, (-4, -26))
+        beside = (-4, -26) if points is part else (7, -4)
+        label(axis, curve[-1]["kl"], curve[-1]["score"], "the best for its KL", GREY, beside)
         axis.set_xlabel("KL to the reference, nats per answer")
         axis.set_title(title)
         for name, group in groups(points).items():
@@ -100,11 +101,11 @@ def draw(data, plt):
             axis.plot(x, y, LOOKS[name][1], color=LOOKS[name][0], markersize=6)
             for text, p in group.items():
                 colour, _, offset = LOOKS[name]
-                offset = SPOKEN_OFFSETS.get(name, offset) if points is spoken else offset
+                offset = SPOKEN_OFFSETS.get(text, offset) if points is spoken else offset
                 label(axis, p["kl"], p["score"], text, colour, offset)
         axis.plot(0, part["reference"]["score"], "o", color=GREY, markersize=6)
         label(axis, 0, part["reference"]["score"], "SFT over the 15", GREY, (7, -4))
-        axis.set_xlim(-0.3, 3.0)
+        axis.set_xlim(-0.3, 3.0 if points is part else 4.2)
     panels[0].set_ylabel("true score, new questions")
     share = part["DPO 1"]["share_of_gain"]
     figure.suptitle(
@@ -122,7 +123,13 @@ LOOKS = {
     "best of": (GREEN, "^", (-6, 4)),
     "SFT": (PURPLE, "v", (7, -9)),
 }
-SPOKEN_OFFSETS = {"variants": (2, 26), "IPO": (-7, -9)}
+SPOKEN_OFFSETS = {  # by the label: there the points are close together
+    "DPO, β = 2": (0, -27),
+    "IPO, β = 0.2": (0, 20),
+    "DPO, β = 1": (4, -15),
+    "β = 1, certain votes": (8, 5),
+    "DPO, β = 0.25": (-7, -9),
+}
 
 
 def groups(part: dict) -> dict:

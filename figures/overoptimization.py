@@ -69,8 +69,9 @@ def draw(data, plt):
             end = data["healthy_end"].get(metric.removeprefix("held_out/"))
             if end is not None:
                 axis.plot(HEALTHY_STEPS, end, "D", color=BLUE)
-                left = steps[-1] == HEALTHY_STEPS
-                label(axis, HEALTHY_STEPS, end, "β = 1, one epoch", BLUE, (-7 if left else 7, -3))
+                beside = (7, 2) if metric == "held_out/mass" else (3, -14)  # the free side
+                beside = (-7, -3) if steps[-1] == HEALTHY_STEPS else beside
+                label(axis, HEALTHY_STEPS, end, "β = 1, one epoch", BLUE, beside)
             axis.set(xlabel="step", xlim=(-0.04 * steps[-1], 1.07 * steps[-1]))
             axis.axhline(0, color=GREY, linewidth=0.8)
             if run == "hot":

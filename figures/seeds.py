@@ -19,9 +19,9 @@ from drawing import BLUE, main
 
 SEEDS = (0, 1, 2)
 METRICS = {
-    "score": "true score, over the 15",
-    "sampled_true_score": "true score as it speaks",
-    "kl": "KL to SFT over the 15, nats",
+    "score": "score, over the 15",
+    "sampled_true_score": "score as it speaks",
+    "kl": "KL, over the 15",
     "share_of_gain": "share of the gain",
     "sampled_share_garbled": "garbled",
 }
