@@ -48,13 +48,13 @@ def known_reference_logps(model, batch, table) -> torch.Tensor:
     return table[batch.indices]
 
 
-def pair_logps(model, pairs, batches, device, of_batch=batch_logps) -> torch.Tensor:
+def pair_logps(model, pairs, batches, device, of_batch=None) -> torch.Tensor:
     """log pi of both answers of each pair, float32 [n, 2]; NaN for pairs that are in no batch.
 
-    batches: a list of indices for each forward pass. of_batch: what gives those of a Batch.
+    batches: a list of indices for each forward pass. of_batch: what to call if not `batch_logps`.
     """
     logps = new_table(len(pairs))
     for done, indices in enumerate(batches):
         progress.show("log-probabilities of pairs", done, len(batches), "batches")
-        logps[indices] = of_batch(model, pair_batch(pairs, indices, device))
+        logps[indices] = (of_batch or batch_logps)(model, pair_batch(pairs, indices, device))
     return logps

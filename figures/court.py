@@ -255,11 +255,12 @@ def draw_frontier(axis, frontier, losses):
 
 def draw_ranges(axis, losses, votes: str):
     """A row per loss: the score over the 15 answers and as it speaks, means and ranges."""
-    for y, found in enumerate(reversed(losses.values())):
-        for up, metric, colour in ((0.15, "score", BLUE), (-0.15, SPOKEN, ORANGE)):
-            values = found[metric]
-            axis.plot([values["min"], values["max"]], [y + up] * 2, color=colour)
-            axis.plot(values["mean"], y + up, "o", color=colour, markersize=4)
+    for up, metric, colour in ((0.15, "score", BLUE), (-0.15, SPOKEN, ORANGE)):
+        found = [values[metric] for values in reversed(losses.values())]
+        ys = [y + up for y in range(len(found))]
+        low, mean, high = ([values[name] for values in found] for name in ("min", "mean", "max"))
+        axis.hlines(ys, low, high, color=colour)
+        axis.plot(mean, ys, "o", color=colour, markersize=4)
     axis.set_yticks(range(len(losses)), list(reversed(losses)))
     axis.set(xlabel=f"true score, {votes}", xlim=(-1.3, 2.3))
 
