@@ -133,7 +133,7 @@ def shape_rates(config, args, batch) -> list[dict]:
 
 def seconds_by_part(step, device: str) -> dict[str, float]:
     """Where the time of one step goes, by the names of its operations, from torch's profiler."""
-    profiler = torch.profiler
+    profiler, on_gpu = torch.profiler, device.startswith("cuda")
 
     def dequantize(quantized):
         with profiler.record_function("dequantizing"):
@@ -147,7 +147,6 @@ def seconds_by_part(step, device: str) -> dict[str, float]:
             event.device_type != torch.autograd.DeviceType.CPU
         ):  # of a kernel; its operation tells it
             continue
-        on_gpu = device.startswith("cuda")
         own = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
         total = (event.device_time_total if on_gpu else event.cpu_time_total) / 1e6
         if event.key == "dequantizing":
