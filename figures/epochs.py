@@ -5,9 +5,6 @@ measurements are in runs/figures/NAME/HASH/result.json, so an interrupted experi
 the policies that are missing. Delete that folder after changing the code.
 """
 
-import hashlib
-from pathlib import Path
-
 import torch
 import tuning as t
 import world as w
@@ -22,14 +19,9 @@ from dpo_minimal.reference import pair_logps
 BATCH = 16
 
 
-def case_folder(name: str, case) -> Path:
-    """Where a policy's log and measurements are. The case is a frozen dataclass."""
-    return w.RUN / name / hashlib.sha256(repr(case).encode()).hexdigest()[:16]
-
-
 def kept(name: str, case, work) -> dict:
     """work(case, folder), a dictionary, unless its result is in the folder already."""
-    folder = case_folder(name, case)
+    folder = w.case_folder(name, case)
     path = folder / "result.json"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,6 @@ The measurements of every tuned policy are kept in runs/figures/tuned, and all e
 again. So delete runs/figures after changing the code.
 """
 
-import hashlib
 import math
 import random
 import shutil
@@ -15,7 +14,17 @@ from pathlib import Path
 
 import torch
 from drawing import rounded
-from world import RUN, World, answer_logps, asked, exact, on_all_cores, open_world, stack
+from world import (
+    RUN,
+    World,
+    answer_logps,
+    asked,
+    case_folder,
+    exact,
+    on_all_cores,
+    open_world,
+    stack,
+)
 
 from benchmarks.record import TRAIN, read_log, run_script
 from dpo_minimal import forum
@@ -204,8 +213,7 @@ def tune(world: World, recipe: Recipe) -> dict:
 
 def result_path(recipe: Recipe) -> Path:
     """Where a policy's measurements are kept."""
-    name = hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]
-    return RUN / "tuned" / name / "result.json"
+    return case_folder("tuned", recipe) / "result.json"
 
 
 def tune_all(recipes):

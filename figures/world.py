@@ -6,6 +6,7 @@ sums over 15 numbers. The base model and SFT are made once, by train.py, in runs
 Shapes: Q questions, Y = 15 answers to each.
 """
 
+import hashlib
 import math
 import os
 import sys
@@ -58,6 +59,11 @@ def open_world() -> World:
         list(dict.fromkeys(row["question"] for row in parts[part])) for part in ("rl", "evaluation")
     )
     return World(tokenizer, known, held_out, tokens, scores)
+
+
+def case_folder(name: str, case) -> Path:
+    """Where a policy's log and measurements are. The case is a frozen dataclass."""
+    return RUN / name / hashlib.sha256(repr(case).encode()).hexdigest()[:16]
 
 
 def on_all_cores(work, cases) -> list:
