@@ -1,15 +1,16 @@
 """The court of losses: all from the same SFT and the same votes, judged by the truth.
 
-    python figures/court.py [--draw]     the whole: 200 policies, each on one core; about two hours
-                                         of two slow cores. An interrupted run goes on
+    python figures/court.py [--draw]     the whole: 210 policies, each on one core. An interrupted
+                                         run goes on
     python figures/court.py --quick      each loss once, briefly, to see that all of it works
 
 Each loss has one setting, chosen beforehand and not searched for; a sweep then tries a third and
-three times of its beta. The number of steps is the same however many votes there are, so that
-nothing but the votes differs. Each policy gives two points of reward against KL: renormalized over
-the 15 answers of a question (exact), and as it really speaks (sampled, with whatever it garbles).
-Measured policies are kept in runs/figures/court, so delete that after changing a loss. Base and SFT
-are made first if they are not there, in some minutes.
+three times of its beta. 100 votes and 1,000 get as many steps, so that nothing but the votes
+differs. All 3,600 clean votes are seen once, in as many steps as that takes, and with one seed.
+Each policy gives two points of reward against KL: renormalized over the 15 answers of a question
+(exact), and as it really speaks (sampled, with whatever it garbles). Measured policies are kept in
+runs/figures/court, so delete that after changing a loss. Base and SFT are made first if they are
+not there, in some minutes.
 """
 
 import itertools
@@ -53,7 +54,7 @@ VOTES = {  # what is wrong with the votes
     "for length": t.Recipe(points_per_word=0.5),
 }
 SPOKEN = "sampled_true_score"
-FEW, ALL = 100, 1000  # votes; 1,000 are one epoch
+FEW, MANY, ALL = 100, 1000, 3600  # votes; 1,000 are one epoch of 100 steps
 SEEDS = (0, 1, 2)
 COLUMNS = {
     "score": ("true score", "{:+.2f}"),
@@ -73,7 +74,7 @@ class Case:
 
     settings: LossSettings
     votes: str = "clean"
-    count: int = ALL
+    count: int = MANY
     seed: int = 0
     steps: int = 100
     batch_size: int = 10
@@ -85,14 +86,16 @@ class Case:
 
 
 def cases(quick: bool):
-    """(name of the loss, Case) of all policies: each loss, each condition, each seed."""
+    """(name of the loss, Case) of all policies: each loss, each seed. All votes: one seed."""
     if quick:
         for name, settings in LOSSES.items():
             yield name, Case(settings, steps=8, questions=10)
         return
-    for seed, count, votes in itertools.product(SEEDS, (ALL, FEW), VOTES):
+    for seed, count, votes in itertools.product(SEEDS, (MANY, FEW), VOTES):
         for name, settings in LOSSES.items():
             yield name, Case(settings, votes, count, seed)
+    for name, settings in LOSSES.items():
+        yield name, Case(settings, count=ALL, steps=ALL // Case.batch_size)
 
 
 def sweep_cases():
@@ -229,9 +232,9 @@ def draw(data, plt):
         3, len(VOTES), figsize=(11, 9.6), sharey="row", sharex="row", layout="constrained"
     )
     for column, votes in enumerate(VOTES):
-        draw_frontier(grid[0, column], data["frontier"], parts[f"{ALL:,} votes, {votes}"])
+        draw_frontier(grid[0, column], data["frontier"], parts[f"{MANY:,} votes, {votes}"])
         grid[0, column].set_title(f"votes: {votes}")
-        for row, count in enumerate((ALL, FEW), start=1):
+        for row, count in enumerate((MANY, FEW), start=1):
             draw_ranges(grid[row, column], parts[f"{count:,} votes, {votes}"], f"{count:,} votes")
     grid[0, 0].set_ylabel("true score")
     curve = data["frontier"][7]

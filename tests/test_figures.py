@@ -197,7 +197,11 @@ def test_a_thinned_curve_has_the_mean_of_each_15_whole_steps(count):
 
 def test_the_court_hears_every_loss_in_every_condition_once():
     whole, quick = [list(court.cases(quick)) for quick in (False, True)]
-    assert len(whole) == len(set(whole)) == 10 * 6 * 3  # 6 conditions, 3 seeds
+    assert len(whole) == len(set(whole)) == 10 * (6 * 3 + 1)  # 6 conditions, 3 seeds; all votes
+    for _, case in whole:  # one epoch of 1,000 or 3,600 votes, ten of 100
+        assert case.steps * case.batch_size == max(case.count, 1000)
+    everything = {case.condition() for _, case in whole if case.count > 1000}
+    assert everything == {"3,600 votes, clean"}
     assert [name for name, _ in quick] == list(court.LOSSES)
     for settings in court.LOSSES.values():
         check_loss(settings)
