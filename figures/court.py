@@ -86,7 +86,7 @@ class Case:
 
 
 def cases(quick: bool):
-    """(name of the loss, Case) of all policies: each loss, each seed. All votes: one seed."""
+    """(name of the loss, Case) of all policies: each condition, loss and seed; all votes: one."""
     if quick:
         for name, settings in LOSSES.items():
             yield name, Case(settings, steps=8, questions=10)
