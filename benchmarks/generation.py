@@ -26,7 +26,7 @@ from step import peak_memory, reset_peak, run_alone, wait
 from dpo_minimal.checkpoint import load_llama
 from dpo_minimal.extras import sampling
 from dpo_minimal.formats.huggingface import read_config
-from dpo_minimal.generate import sample
+from dpo_minimal.generate import make_chooser, sample
 
 SIDES = ("ours", "ours-packed", "transformers")
 NEVER = -1  # an EOS that no model gives
@@ -116,7 +116,7 @@ def our_side(args, dtype):
 
     def answer(prompts, new):
         with sampling.ready_to_sample(model):
-            return sample(model, prompts.tolist(), new, NEVER, 0.0, 1.0, None)[0][:8]
+            return sample(model, prompts.tolist(), new, NEVER, make_chooser(0))[0][:8]
 
     return answer
 

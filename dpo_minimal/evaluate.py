@@ -54,11 +54,12 @@ def preference_metrics(policy, ref, lengths, settings: LossSettings) -> dict[str
 
 
 @torch.no_grad()
-def kl_estimate(model, reference, prompts, answers, device, batch_size=16) -> float:
+def kl_estimate(model, reference, prompts, answers, device, batch_size=16, known=None) -> float:
     """KL(policy || reference) in nats per answer: the mean of log pi - log ref over pi's samples.
 
-    The policy is the model with its active adapters; the reference has only the adapters named in
-    `reference`. prompts, answers: token ids, the answers sampled from the policy at temperature 1.
+    The policy is the model with its active adapters; the reference has those named in `reference`.
+    prompts, answers: token ids; the policy gave the answers at temperature 1. known: the answers'
+    log pi, float32 [n], where sampling has found it.
     """
     training, ratios = model.training, []
     model.eval()  # dropout would count as a difference
@@ -67,7 +68,7 @@ def kl_estimate(model, reference, prompts, answers, device, batch_size=16) -> fl
         span = slice(at, at + batch_size)
         examples = list(zip(prompts[span], answers[span], strict=True))
         tokens, loss_mask = answer_rows(examples, device)
-        log_pi = sequence_logps(model, tokens, loss_mask)
+        log_pi = sequence_logps(model, tokens, loss_mask) if known is None else known[span]
         with active_adapters(model, reference):
             log_ref = sequence_logps(model, tokens, loss_mask)
         ratios += (log_pi - log_ref).tolist()

@@ -3,6 +3,8 @@
 python -m dpo_minimal.generate --model DIR [--adapter DIR] --prompt TEXT
 """
 
+from functools import partial
+
 import torch
 
 from dpo_minimal.batches import pad
@@ -29,23 +31,32 @@ def choose(logits, temperature: float, top_p: float, generator):
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
-def sample(
-    model, rows: list[list[int]], max_new_tokens: int, eos_id: int, temperature, top_p, generator
-) -> list[list[int]]:
+def make_chooser(temperature=1.0, top_p=1.0, seed: int | None = None):
+    """`choose` with a random generator of its own; without a seed another one each time."""
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return partial(choose, temperature=temperature, top_p=top_p, generator=generator)
+
+
+def sample(model, rows: list[list[int]], max_new_tokens: int, eos_id: int, chooser):
     """Continue token rows; each continuation ends in its EOS or after max_new_tokens."""
     answers = [[] for _ in rows]
-    for grown in sample_steps(model, rows, max_new_tokens, eos_id, temperature, top_p, generator):
+    for grown in sample_steps(model, rows, max_new_tokens, eos_id, chooser):
         answers = grown
     return answers
 
 
 @torch.no_grad()
-def sample_steps(model, rows, max_new_tokens: int, eos_id: int, temperature, top_p, generator):
+def sample_steps(model, rows, max_new_tokens: int, eos_id: int, chooser):
     """`sample` token by token: yields the answers so far, lists that grow, after each one.
 
-    The rows are padded on the right and read once. Then each call computes one token per row from
-    the cached keys and values, at the row's own position, with the pads masked out. A row that has
-    ended is left out, but random numbers are drawn for it, so that no row depends on another's end.
+    chooser: what `make_chooser` returns, or another function of float32 logits [B, V]. The rows are
+    padded on the right and read once. Then each call computes one token per row from the cached
+    keys and values, at the row's own position, with the pads masked out. A row that has ended is
+    left out, but random numbers are drawn for it, so that no row depends on another's end.
     """
     device = model.lm_head.weight.device
     cache = [Cache() for _ in range(model.config.num_hidden_layers)]
@@ -60,7 +71,7 @@ def sample_steps(model, rows, max_new_tokens: int, eos_id: int, temperature, top
         progress.show(f"sampling {len(rows)} answers", step, most, "tokens at most")
         logits = torch.zeros(len(rows), model.config.vocab_size)  # [B, V]
         logits[going] = model.lm_head(hidden).float().cpu()
-        chosen = choose(logits, temperature, top_p, generator)[going]  # [rows going on]
+        chosen = chooser(logits)[going]  # [rows going on]
         for i, token in zip(going, chosen.tolist(), strict=True):
             answers[i].append(token)
         yield answers
@@ -78,31 +89,17 @@ def sample_steps(model, rows, max_new_tokens: int, eos_id: int, temperature, top
         hidden = model.hidden(tokens, positions, seen[:, None, None, :], cache)[:, -1]  # [B, D]
 
 
-def seeded(seed: int | None) -> torch.Generator:
-    """A random generator; None: another one each time."""
-    generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    return generator
-
-
 def sample_answers(
     model, tokenizer, prompts, max_new_tokens, temperature=1.0, top_p=1.0, seed=None
 ) -> list[list[int]]:
     """Token ids of an answer to each question, 64 questions at a time. The model's mode is kept."""
-    generator = seeded(seed)
+    chooser = make_chooser(temperature, top_p, seed)
     rows = [encode_example(tokenizer, prompt)[0] for prompt in prompts]
-    training = model.training
-    model.eval()
-    sampling = dict(temperature=temperature, top_p=top_p, generator=generator)
     answers = []
     with ready_to_sample(model):
         for at in range(0, len(rows), 64):
             part = rows[at : at + 64]
-            answers += sample(model, part, max_new_tokens, tokenizer.eos_id, **sampling)
-    model.train(training)
+            answers += sample(model, part, max_new_tokens, tokenizer.eos_id, chooser)
     return answers
 
 

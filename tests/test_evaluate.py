@@ -15,6 +15,7 @@ from dpo_minimal.evaluate import evaluate_pairs, kl_estimate, one_epoch, prefere
 from dpo_minimal.extras import report
 from dpo_minimal.extras.losses import LossSettings
 from dpo_minimal.extras.report import (
+    both_answers,
     compare,
     format_samples,
     format_summary,
@@ -23,7 +24,7 @@ from dpo_minimal.extras.report import (
     truth_on_votes,
     win_rate,
 )
-from dpo_minimal.generate import sample, sample_answers
+from dpo_minimal.generate import make_chooser, sample, sample_answers
 from dpo_minimal.lora import active_adapters, add_adapter
 from dpo_minimal.reference import known_reference_logps, new_table, pair_logps, reference_logps
 
@@ -183,8 +184,7 @@ def exact_kl(model, prompt):
 def test_the_kl_estimate_finds_the_exact_kl_of_one_token():
     model, prompt, n = two_adapters(), [1, 7, 9], 4000
     kl, variance = exact_kl(model, prompt)
-    generator = torch.Generator().manual_seed(0)
-    answers = sample(model, [prompt] * n, 1, -1, 1.0, 1.0, generator)
+    answers = sample(model, [prompt] * n, 1, -1, make_chooser(seed=0))
     estimate = kl_estimate(model, ["sft"], [prompt] * n, answers, "cpu", batch_size=500)
     assert kl > 0.05  # so that zero is not within the bound
     assert abs(estimate - kl) < 5 * math.sqrt(variance / n) < kl / 2
@@ -269,6 +269,47 @@ def test_base_sft_and_dpo_are_asked_with_their_own_adapters(tokenizer):
     assert "win_rate_against_sft" in table["DPO"] and "win_rate_against_sft" not in table["SFT"]
     unjudged, _ = compare(model, tokenizer, ["Who?"], judged=False, **usual)
     assert unjudged["DPO"].keys() == {"kl_to_sft"}
+
+
+@pytest.mark.parametrize("n", [3, 10, 60, 64, 70])  # below 8; greedy ones in a part of their own
+def test_both_answers_are_those_of_passes_of_their_own(n):
+    model, rng = two_adapters(max_position_embeddings=64), random.Random(n)
+    prompts = [[rng.randrange(3, 32) for _ in range(rng.randint(1, 9))] for _ in range(n)]
+    eos = sample(model, prompts[:64], 12, -1, make_chooser(seed=5))[0][5]  # one ends early
+    answers, greedy, log_pi = both_answers(model, SimpleNamespace(eos_id=eos), prompts, 12, seed=5)
+    draw, expected = make_chooser(seed=5), []
+    for at in range(0, n, 64):
+        expected += sample(model, prompts[at : at + 64], 12, eos, draw)
+    assert answers == expected
+    assert greedy == sample(model, prompts[:8], 12, eos, make_chooser(0))
+    assert len(answers[0]) <= 6 and max(map(len, answers)) == 12
+    expected = [log_prob(model, *example) for example in zip(prompts, answers, strict=True)]
+    assert log_pi.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_in_16_bits_sampling_gives_no_log_pi(tokenizer):
+    model = two_adapters(vocab_size=420, max_position_embeddings=64).to(torch.bfloat16)
+    *_, log_pi = both_answers(model, tokenizer, [[1, 2]], 3, seed=0)
+    assert log_pi is None
+
+
+@torch.no_grad()
+def test_a_kl_with_known_log_pi_asks_only_the_reference(monkeypatch):
+    model, pairs = two_adapters(), some_pairs(7)
+    prompts, answers = [p.prompt for p in pairs], [p.chosen for p in pairs]
+    log_pi = torch.tensor(
+        [log_prob(model, *example) for example in zip(prompts, answers, strict=True)]
+    )
+    usual = dict(device="cpu", batch_size=3)
+    expected = kl_estimate(model, ["sft"], prompts, answers, **usual)
+    passes = []
+    right = type(model).hidden
+    monkeypatch.setattr(
+        type(model), "hidden", lambda self, *args: passes.append(1) or right(self, *args)
+    )
+    found = kl_estimate(model, ["sft"], prompts, answers, known=log_pi, **usual)
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert len(passes) == 3
 
 
 class Asked(Exception):

@@ -14,7 +14,7 @@ from dpo_minimal.checkpoint import load_llama, save_adapter
 from dpo_minimal.data import format_prompt
 from dpo_minimal.extras.cache import Cache
 from dpo_minimal.extras.sampling import ready_to_sample
-from dpo_minimal.generate import choose, generate, sample, sample_answers
+from dpo_minimal.generate import choose, generate, make_chooser, sample, sample_answers
 from dpo_minimal.lora import add_adapter
 from dpo_minimal.nf4 import NF4Linear
 
@@ -32,7 +32,7 @@ def greedy_without_cache(model, row, n, eos=NEVER):
 
 def greedy(model, rows, n, eos=NEVER):
     """`sample` at temperature 0."""
-    return sample(model, rows, n, eos, 0, 1.0, None)
+    return sample(model, rows, n, eos, make_chooser(0))
 
 
 def test_greedy_with_a_cache_equals_the_argmax_of_full_forward_passes():
@@ -44,19 +44,16 @@ def test_greedy_with_a_cache_equals_the_argmax_of_full_forward_passes():
         assert [greedy(model, [row], 12)[0] for row in ROWS] == expected
 
 
-def test_cached_log_probs_of_a_batch_of_unequal_rows_equal_those_of_each_row(monkeypatch):
+def test_cached_log_probs_of_a_batch_of_unequal_rows_equal_those_of_each_row():
     # Sharper than the tokens: every logit that the sampler sees, against full forward passes.
-    import dpo_minimal.generate as module
-
     seen = []
 
-    def watch(logits, *rest):
+    def chooser(logits):
         seen.append(logits)
-        return choose(logits, *rest)
+        return logits.argmax(dim=-1)
 
-    monkeypatch.setattr(module, "choose", watch)
     model = tiny_llama(torch.float32)
-    answers = greedy(model, ROWS, 8)
+    answers = sample(model, ROWS, 8, NEVER, chooser)
     for i, row in enumerate(ROWS):
         full = model(torch.tensor([row + answers[i]]))[0]
         for step in range(8):
@@ -215,7 +212,7 @@ def test_a_rows_sampled_tokens_do_not_depend_on_when_another_row_ends():
     model = tiny_llama(torch.float32)
 
     def sampled(eos):
-        return sample(model, ROWS, 20, eos, 1.0, 1.0, torch.Generator().manual_seed(1))
+        return sample(model, ROWS, 20, eos, make_chooser(seed=1))
 
     free = sampled(NEVER)
     eos = free[1][4]

@@ -79,8 +79,8 @@ def sampled(device):
     """Two answers of five tokens."""
     model = policy(device).eval()
     rows = [[1, 2, 3], [4, 5]]
-    generator = generate.seeded(0)
-    return generate.sample(model, rows, 5, -1, temperature=1.0, top_p=0.9, generator=generator)
+    chooser = generate.make_chooser(top_p=0.9, seed=0)
+    return generate.sample(model, rows, 5, -1, chooser)
 
 
 def same(ours, others):

@@ -16,7 +16,7 @@ from dpo_minimal.extras.report import variants
 from dpo_minimal.extras.sampling import ready_to_sample
 from dpo_minimal.formats.chat import find_template
 from dpo_minimal.formats.rows import read_rows
-from dpo_minimal.generate import sample_steps, seeded
+from dpo_minimal.generate import make_chooser, sample_steps
 from dpo_minimal.llama import Llama
 from dpo_minimal.lora import active_adapters
 from dpo_minimal.loss import sequence_logps
@@ -179,9 +179,7 @@ def start(trio: Trio, prompt: list[int], sampling: Sampling):
         [prompt],
         sampling.max_new_tokens,
         eos_id=trio.tokenizer.eos_id,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        generator=seeded(sampling.seed),
+        chooser=make_chooser(sampling.temperature, sampling.top_p, sampling.seed),
     )
 
 

@@ -24,7 +24,7 @@ from dpo_minimal.extras.reading import read_json, reading
 from dpo_minimal.extras.sampling import ready_to_sample
 from dpo_minimal.formats.chat import chosen_template
 from dpo_minimal.formats.conversations import Message
-from dpo_minimal.generate import sample_steps, seeded
+from dpo_minimal.generate import make_chooser, sample_steps
 from dpo_minimal.tokenizer import load_tokenizer
 
 
@@ -97,9 +97,7 @@ def print_answer(args, model, tokenizer, turns) -> str:
         [row],
         args.max_new_tokens,
         eos_id=tokenizer.eos_id,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        generator=seeded(args.seed),
+        chooser=make_chooser(args.temperature, args.top_p, args.seed),
     )
     text, shown = "", 0
     with ready_to_sample(model):

@@ -12,7 +12,7 @@ from dpo_minimal import InputError
 from dpo_minimal.evaluate import kl_estimate
 from dpo_minimal.extras import parallel
 from dpo_minimal.extras.sampling import answer_tokens, ready_to_sample
-from dpo_minimal.generate import sample, seeded
+from dpo_minimal.generate import make_chooser, sample
 from dpo_minimal.lora import adapter_names
 
 ANSWERS = 32  # at most, one to each question
@@ -44,16 +44,14 @@ def with_kl(run, model, pairs, evaluate):
 
 def evaluate_with_kl(model, *, evaluate, prompts, max_new_tokens, eos_id, device) -> dict:
     """The metrics of evaluate(model) and "kl", nats per answer. The model's mode is kept."""
-    training, answers = model.training, []
-    model.eval()
-    sampling = dict(temperature=1.0, top_p=1.0, generator=seeded(0))
+    answers = []
+    chooser = make_chooser(seed=0)
     reference = [name for name in adapter_names(model) if name != "dpo"]
     with ready_to_sample(model):
         for at in range(0, len(prompts), AT_A_TIME):
             part = prompts[at : at + AT_A_TIME]
-            answers += sample(model, part, max_new_tokens, eos_id, **sampling)
+            answers += sample(model, part, max_new_tokens, eos_id, chooser)
         kl = kl_estimate(model, reference, prompts, answers, device, batch_size=AT_A_TIME)
-    model.train(training)
     return evaluate(model) | {"kl": kl}
 
 

@@ -14,7 +14,7 @@ from dpo_minimal.nf4 import NF4Linear
 
 @contextmanager
 def ready_to_sample(model: nn.Module):
-    """Within the context linear layers are `SamplingLinear`, and compiled blocks run uncompiled.
+    """Within the context there is no dropout, linear layers are `SamplingLinear`, nothing compiled.
 
     The results are equal up to rounding. Unpacking takes at most half of the memory that is free;
     4-bit layers that do not fit, or all of them where the system does not say what is free, stay as
@@ -24,6 +24,8 @@ def ready_to_sample(model: nn.Module):
         (name, m) for name, m in model.named_modules() if isinstance(m, (NF4Linear, nn.Linear))
     ]
     dtype, replaced = model.model.embed_tokens.weight.dtype, {}
+    training = model.training
+    model.eval()
     now = memory_now(str(model.lm_head.weight.device))
     left = now[1] // 2 if now else 0
     try:
@@ -40,6 +42,7 @@ def ready_to_sample(model: nn.Module):
     finally:
         for name, layer in replaced.items():
             model.set_submodule(name, layer)
+        model.train(training)
 
 
 def answer_tokens(run) -> int:

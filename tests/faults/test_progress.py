@@ -8,7 +8,7 @@ from dpo_minimal.data import EncodedPair, PreferencePair
 from dpo_minimal.evaluate import kl_estimate
 from dpo_minimal.extras import large, progress
 from dpo_minimal.formats.huggingface import load_llama, save_llama
-from dpo_minimal.generate import sample
+from dpo_minimal.generate import make_chooser, sample
 from dpo_minimal.lora import add_adapter
 from dpo_minimal.reference import pair_logps
 
@@ -48,7 +48,7 @@ def test_every_long_phase_speaks(tmp_path, clock, capsys, monkeypatch):
     add_adapter(model, "sft", r=2)
     pairs = [EncodedPair([1, 2], [3, 4], [5, 6])] * 8
     pair_logps(model, pairs, [[i] for i in range(8)], "cpu")
-    sample(model, [[1, 2]], 8, 99, 0.0, 1.0, torch.Generator())
+    sample(model, [[1, 2]], 8, 99, make_chooser(0))
     kl_estimate(model, ["sft"], [[1, 2]] * 8, [[3, 4]] * 8, "cpu", batch_size=1)
     monkeypatch.setattr(large, "SMALL", 5)
     large.keep(PreferencePair(f"{i}", "yes", "no") for i in range(8))

@@ -17,7 +17,7 @@ from oracles import (
 
 from dpo_minimal.checkpoint import load_llama, save_llama
 from dpo_minimal.data import format_prompt
-from dpo_minimal.generate import generate, sample
+from dpo_minimal.generate import generate, make_chooser, sample
 from dpo_minimal.llama import inverse_frequencies
 from dpo_minimal.lora import add_adapter
 from dpo_minimal.tokenizer import load_tokenizer
@@ -117,7 +117,7 @@ def test_right_padding_without_a_mask_is_right_padding_with_transformers_mask(tm
 def test_greedy_tokens_with_our_cache_are_those_of_transformers(tmp_path, changes):
     theirs, ours = both_llamas(tmp_path, **changes)
     rows = [random_tokens(1, length, seed=length)[0].tolist() for length in (3, 17, 30)]
-    found = sample(ours, rows, 40, eos_id=-1, temperature=0, top_p=1.0, generator=None)
+    found = sample(ours, rows, 40, eos_id=-1, chooser=make_chooser(0))
     for row, answer in zip(rows, found, strict=True):
         tokens = theirs.generate(
             torch.tensor([row]), do_sample=False, max_new_tokens=40, eos_token_id=-1, pad_token_id=0
@@ -169,4 +169,4 @@ def test_real_greedy_text_of_a_merged_folder_is_that_of_transformers(merged_fold
         # An answer may be short: without an end both must go on in the same words.
         options = {"do_sample": False, "max_new_tokens": 40, "eos_token_id": -1}
         endless = theirs.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
-        assert sample(ours, [prompt], 40, -1, 0, 1.0, None) == [endless]
+        assert sample(ours, [prompt], 40, -1, make_chooser(0)) == [endless]
