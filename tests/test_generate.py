@@ -113,6 +113,18 @@ def test_temperature_divides_the_logits():
     assert abs(shares[0] - 1 / 17) < 5 * (16 / 17**2 / 20_000) ** 0.5
 
 
+def test_a_chooser_has_the_settings_that_it_is_made_with():
+    logits = torch.tensor([0.3, 0.6, 0.1]).log().expand(300, -1)
+    assert set(make_chooser(seed=0)(logits).tolist()) == {0, 1, 2}
+    assert set(make_chooser(top_p=0.8, seed=0)(logits).tolist()) == {0, 1}
+    assert set(make_chooser(temperature=0.01, seed=0)(logits).tolist()) == {
+        1
+    }  # 2^-100 for the next
+    first = make_chooser(seed=7)(logits)
+    assert torch.equal(first, make_chooser(seed=7)(logits))
+    assert not torch.equal(first, make_chooser(seed=8)(logits))
+
+
 def test_samples_follow_the_model_and_come_again_with_the_same_seed(tokenizer, model_folder):
     model = load_llama(model_folder, quantize=None)
     prompts = ["What is it?", "Why?"] * 40  # more than one batch
