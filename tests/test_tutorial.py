@@ -396,6 +396,8 @@ ANSWERS = {
         ("{:.3f}", pair_sum("rejected")),
         ("{:.3f}", pair_mean("chosen")),
         ("{:.3f}", pair_mean("rejected")),
+        ("{:.3f}", pair_sum("rejected") - pair_sum("chosen")),
+        ("{:.3f}", pair_mean("rejected") - pair_mean("chosen")),
     ],
     "7.4": lambda: [("{}", changed_entries("chosen", "rejected"))],
     "8.1": lambda: [("{:,}", llama_7b())],
@@ -644,7 +646,7 @@ CHANGES = [
     (missing_names, r"\]\(figures/seeds\.svg\)", "](figures/seed.svg)"),
     (wrong_commands, "bash\npython train.py --model", "bash\npython train.py --modle"),
     (wrong_commands, "pytest tests/test_bugs.py", "pytest tests/bugs_test.py"),
-    (wide_lines, "\n\nRead it from the right.", f"\n\n{'wide ' * 21}"),
+    (wide_lines, "\n\nIn brackets: make", f"\n\n{'wide ' * 21}"),
 ]
 
 
