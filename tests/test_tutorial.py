@@ -394,9 +394,9 @@ ANSWERS = {
     "7.3": lambda: [
         ("{:.3f}", pair_sum("chosen")),
         ("{:.3f}", pair_sum("rejected")),
+        ("{:.3f}", pair_sum("rejected") - pair_sum("chosen")),
         ("{:.3f}", pair_mean("chosen")),
         ("{:.3f}", pair_mean("rejected")),
-        ("{:.3f}", pair_sum("rejected") - pair_sum("chosen")),
         ("{:.3f}", pair_mean("rejected") - pair_mean("chosen")),
     ],
     "7.4": lambda: [("{}", changed_entries("chosen", "rejected"))],
