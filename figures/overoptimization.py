@@ -13,9 +13,10 @@ import world as w
 from drawing import BLUE, GREY, RED, label, main
 
 HEALTHY = t.Recipe()
+EPOCH = 113  # steps: 3,600 votes, 32 in each
 RUNS = {
     "hot": t.Recipe(beta=0.1, learning_rate=3e-3, eval_every=19, sample_every=True),
-    "long": replace(HEALTHY, epochs=8.0, eval_every=113, sample_every=True),
+    "long": replace(HEALTHY, epochs=8.0, eval_every=EPOCH, sample_every=True),
 }
 TITLES = {"hot": "β = 0.1, twice the rate", "long": "β = 1, eight epochs"}
 PANELS = {
@@ -45,9 +46,6 @@ def compute() -> dict:
     return data
 
 
-HEALTHY_STEPS = 113  # of one epoch
-
-
 def with_training(point: dict, rows: list[dict]) -> dict:
     """What the judge saw at a step, and what training saw in the 20 steps around it."""
     near = [row for row in rows if abs(row["step"] - point["step"]) <= 10]
@@ -68,10 +66,10 @@ def draw(data, plt):
             axis.plot(steps, [point[metric] for point in course], "o-", color=RED, markersize=4)
             end = data["healthy_end"].get(metric.removeprefix("held_out/"))
             if end is not None:
-                axis.plot(HEALTHY_STEPS, end, "D", color=BLUE)
+                axis.plot(EPOCH, end, "D", color=BLUE)
                 beside = (7, 2) if metric == "held_out/mass" else (3, -14)  # the free side
-                beside = (-7, -3) if steps[-1] == HEALTHY_STEPS else beside
-                label(axis, HEALTHY_STEPS, end, "β = 1, one epoch", BLUE, beside)
+                beside = (-7, -3) if steps[-1] == EPOCH else beside
+                label(axis, EPOCH, end, "β = 1, one epoch", BLUE, beside)
             axis.set(xlabel="step", xlim=(-0.04 * steps[-1], 1.07 * steps[-1]))
             axis.axhline(0, color=GREY, linewidth=0.8)
             if run == "hot":
