@@ -1,7 +1,7 @@
 """The court of losses: all from the same SFT and the same votes, judged by the truth.
 
-    python figures/court.py [--draw]     the whole: 210 policies, each on one core. An interrupted
-                                         run goes on
+    python figures/court.py [--draw]     the whole: 210 policies, each on one core, 75 minutes of
+                                         two. An interrupted run goes on
     python figures/court.py --quick      each loss once, briefly, to see that all of it works
 
 Each loss has one setting, chosen beforehand and not searched for; a sweep then tries a third and

@@ -1,6 +1,6 @@
 """The dose: how high a learning rate and how low a beta, for how long, before the policy breaks?
 
-    python figures/dose.py [--draw]      12 policies of 300 steps, about 45 minutes of one core
+    python figures/dose.py [--draw]      12 policies of 300 steps, 17 minutes of two cores
     python figures/dose.py --quick       four policies of a few steps, to see that all of it works
 
 DPO on 1,600 clean votes of the forum, three epochs of 100 steps of 16 votes. After each epoch: the

@@ -1,6 +1,6 @@
 """What generalizes: manners, or knowing what is right? Votes about 26 of the 40 facts only.
 
-    python figures/manners.py [--draw]   three policies of 100 steps, about 9 minutes of one core
+    python figures/manners.py [--draw]   three policies of 100 steps, 3 minutes of two cores
     python figures/manners.py --quick    one policy of a few steps, to see that all of it works
 
 DPO on 1,600 clean votes about 26 facts, drawn by the seed, one epoch of 100 steps of 16 votes. The

@@ -1,6 +1,6 @@
 """Who may judge a run without a judge: do the margins of training pairs betray the bad votes?
 
-    python figures/votes.py [--draw]     12 policies of 300 steps, about 15 minutes of two cores
+    python figures/votes.py [--draw]     12 policies of 300 steps, 15 minutes of two cores
     python figures/votes.py --quick      four policies of a few steps, to see that all of it works
 
 Among 1,600 votes of the forum are planted: 15% turned around, 10% copies of honest votes, half of
