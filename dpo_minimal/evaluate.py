@@ -57,9 +57,8 @@ def preference_metrics(policy, ref, lengths, settings: LossSettings) -> dict[str
 def kl_estimate(model, reference, prompts, answers, device, batch_size=16, known=None) -> float:
     """KL(policy || reference) in nats per answer: the mean of log pi - log ref over pi's samples.
 
-    The policy is the model with its active adapters; the reference has those named in `reference`.
-    prompts, answers: token ids; the policy gave the answers at temperature 1. known: the answers'
-    log pi, float32 [n], where sampling has found it.
+    The policy has the model's active adapters, the reference those in `reference`. Token ids of
+    prompts, and of the policy's answers at temperature 1. known: their log pi, float32 [n], or None.
     """
     training, ratios = model.training, []
     model.eval()  # dropout would count as a difference
