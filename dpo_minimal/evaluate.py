@@ -58,7 +58,7 @@ def kl_estimate(model, reference, prompts, answers, device, batch_size=16, known
     """KL(policy || reference) in nats per answer: the mean of log pi - log ref over pi's samples.
 
     The policy has the model's active adapters, the reference those in `reference`. Token ids of
-    prompts, and of the policy's answers at temperature 1. known: their log pi, float32 [n], or None.
+    prompts, and of the policy's answers at temperature 1. known: their log pi, float32 [n] or None.
     """
     training, ratios = model.training, []
     model.eval()  # dropout would count as a difference
