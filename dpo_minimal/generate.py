@@ -13,6 +13,8 @@ from dpo_minimal.extras import progress
 from dpo_minimal.extras.cache import Cache
 from dpo_minimal.extras.sampling import ready_to_sample
 
+AT_A_TIME = 64  # answers
+
 
 def choose(logits, temperature: float, top_p: float, generator):
     """The next token of each row, int64 [B], from logits float32 [B, V] on the CPU.
@@ -92,13 +94,13 @@ def sample_steps(model, rows, max_new_tokens: int, eos_id: int, chooser):
 def sample_answers(
     model, tokenizer, prompts, max_new_tokens, temperature=1.0, top_p=1.0, seed=None
 ) -> list[list[int]]:
-    """Token ids of an answer to each question, 64 questions at a time. The model's mode is kept."""
+    """Token ids of an answer to each question. The model's mode is kept."""
     chooser = make_chooser(temperature, top_p, seed)
     rows = [encode_example(tokenizer, prompt)[0] for prompt in prompts]
     answers = []
     with ready_to_sample(model):
-        for at in range(0, len(rows), 64):
-            part = rows[at : at + 64]
+        for at in range(0, len(rows), AT_A_TIME):
+            part = rows[at : at + AT_A_TIME]
             answers += sample(model, part, max_new_tokens, tokenizer.eos_id, chooser)
     return answers
 

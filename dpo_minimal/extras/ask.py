@@ -79,7 +79,6 @@ def main():
     if args.adapter:
         load_adapter(model, args.adapter, "adapter")
     check_fit(args.model, tokenizer, model.config, 0)
-    model.eval()
 
     answer = partial(print_answer, args, model, tokenizer)
     for question in questions:

@@ -13,11 +13,10 @@ from dpo_minimal.extras import card, digest, plots, trackers
 from dpo_minimal.extras.sampling import answer_tokens, ready_to_sample
 from dpo_minimal.files import whole_file, write_json
 from dpo_minimal.formats.conversations import spoken
-from dpo_minimal.generate import make_chooser, sample
+from dpo_minimal.generate import AT_A_TIME, make_chooser, sample
 from dpo_minimal.lora import active_adapters, adapter_names
 
 GREEDY = 8  # questions that are answered greedily too, to be read
-AT_A_TIME = 64  # answers
 VARIANTS = {"base": [], "SFT": ["sft"], "DPO": ["dpo"]}  # name: active adapters
 COLUMNS = {
     "true_score": ("true score", "{:+.2f}"),
@@ -114,27 +113,29 @@ def both_answers(model, tokenizer, prompts, max_new_tokens: int, seed: int):
     otherwise, and the difference would count as KL.
     """
     rows, draw, answers, log_pi = prompts + prompts[:GREEDY], make_chooser(seed=seed), [], []
+    weight = model.lm_head.weight
+    wide = weight.dtype == torch.float32
     for at in range(0, len(rows), AT_A_TIME):
         part, drawn = rows[at : at + AT_A_TIME], max(len(prompts) - at, 0)
         logps = []  # of the tokens drawn, [drawn] for each step
-        chooser = partial(draw_some, drawn=drawn, draw=draw, logps=logps)
+        chooser = partial(draw_some, drawn=drawn, draw=draw, logps=logps if wide else None)
         found = sample(model, part, max_new_tokens, tokenizer.eos_id, chooser)
         answers += found
         for i, answer in enumerate(found[:drawn]):
             log_pi.append(sum(step[i] for step in logps[: len(answer)]))
-    weight = model.lm_head.weight
-    known = weight.new_tensor(log_pi) if weight.dtype == torch.float32 else None
+    known = weight.new_tensor(log_pi) if wide else None
     return answers[: len(prompts)], answers[len(prompts) :], known
 
 
-def draw_some(logits, drawn: int, draw, logps: list):
+def draw_some(logits, drawn: int, draw, logps: list | None):
     """The next tokens of rows [B, V]: the first `drawn` ones by draw(logits), the rest greedily.
 
-    The log-probabilities of those drawn are put at the end of `logps`, a list of floats per step.
+    Unless `logps` is None, the log-probabilities of those drawn, floats, are put at its end.
     """
     tokens = logits.argmax(dim=-1)  # [B]
     if drawn:
         tokens[:drawn] = draw(logits[:drawn])
+    if drawn and logps is not None:
         some = logits[:drawn].log_softmax(dim=-1)
         logps.append(some.gather(1, tokens[:drawn, None])[:, 0].tolist())
     return tokens

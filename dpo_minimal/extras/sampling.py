@@ -25,10 +25,10 @@ def ready_to_sample(model: nn.Module):
     ]
     dtype, replaced = model.model.embed_tokens.weight.dtype, {}
     training = model.training
-    model.eval()
     now = memory_now(str(model.lm_head.weight.device))
     left = now[1] // 2 if now else 0
     try:
+        model.eval()
         for i, (name, layer) in enumerate(layers):
             progress.show("unpacking", i, len(layers), "layers")
             if isinstance(layer, NF4Linear):
