@@ -61,7 +61,7 @@ def main():
         return
     tokenizer = load_tokenizer(run.model_folder, run.template)  # None: the blog's text
     data = args.data or run.out / "data"
-    # `large` has data.py's functions for data of any size; held-out pairs are always few.
+    # `large` has data.py's functions for data of any size; it keeps held-out pairs few.
     splits = large.load_splits(data, args.eval_data, args.seed, tell, folder=run.scratch)
     texts, window = large.encode_sft(tokenizer, splits.sft, max_length, tell)  # window: see there
     pairs = large.encode_pairs(tokenizer, splits.train, max_length, "training pairs", tell)
@@ -80,7 +80,8 @@ def main():
     parallel.leave()  # process 0 goes on alone
     if run.is_due("evaluate"):
         load_adapter(model, run.out / "dpo", "dpo")  # this one is sft + dpo: activate it alone
-        evaluate(run, model, tokenizer, splits.evaluation, held_out)
+        batch_size = run.settings_for("dpo", len(pairs)).batch_size  # as in training
+        evaluate(run, model, tokenizer, splits.evaluation, held_out, batch_size)
     tell(f"done      {run.out}, peak memory {peak_memory_gb():.2f} GB")
 
 
@@ -211,10 +212,10 @@ def evaluation_of(run: Run, pairs, ref_table, batch_size: int):
     )
 
 
-def evaluate(run: Run, model, tokenizer, texts, pairs):
+def evaluate(run: Run, model, tokenizer, texts, pairs, batch_size: int):
     """Measure DPO on held-out pairs (texts, and in tokens those that fit); merged/ comes last."""
     table = reuse.known_tables(run, {"held-out": len(pairs)})["held-out"]
-    measure = evaluation_of(run, pairs, table, run.settings["dpo"].batch_size)
+    measure = evaluation_of(run, pairs, table, batch_size)
     with active_adapters(model, ["dpo"]):
         held_out = report.describe_pairs(run, texts, pairs, measure(model))
         card = report.write_results(run, model, tokenizer, texts, held_out, tell)

@@ -91,16 +91,17 @@ def load_splits(data, eval_data=None, seed: int = 0, log=print, keep=list) -> Sp
     """Read a preference file, or a folder with parts: see `data_parts` for their names.
 
     Without a part for SFT, SFT learns prompt + chosen of the training pairs. Without one for
-    evaluation, some pairs are held out. keep: as for `load_pairs`.
+    evaluation, some questions are held out, from both. keep: as for `load_pairs`.
     """
     parts = data_parts(Path(data))
     train = load_pairs(parts["train"], log, keep)
     if eval_data or "evaluation" in parts:
-        evaluation = load_pairs(eval_data or parts["evaluation"], log, keep)
+        evaluation, held_out = load_pairs(eval_data or parts["evaluation"], log, keep), ()
     else:
         train, evaluation = hold_out(train, seed, data)
+        held_out = evaluation
     sft = load_pairs(parts["sft"], log, keep) if "sft" in parts else train
-    return Splits(without_repeats(sft), train, evaluation)
+    return Splits(without_repeats(sft, held_out), train, evaluation)
 
 
 class Subset(Sequence):
@@ -112,18 +113,17 @@ class Subset(Sequence):
     def __len__(self):
         return len(self.indices)
 
-    def __getitem__(self, i):
-        """Pair i, or a Subset for a slice."""
-        if isinstance(i, slice):
-            return Subset(self.pairs, self.indices[i])
+    def __getitem__(self, i: int):
         return self.pairs[self.indices[i]]
 
 
-def without_repeats(pairs) -> Subset:
-    """The first pair of each (prompt, chosen answer)."""
+def without_repeats(pairs, held_out) -> Subset:
+    """The first pair of each (prompt, chosen answer), without the questions that are held out."""
+    held = {hash(pair.prompt) for pair in held_out}
     first = {}  # keyed by hash, because a million texts would not fit into memory
     for i, pair in enumerate(pairs):
-        first.setdefault(hash((pair.prompt, pair.chosen)), i)
+        if hash(pair.prompt) not in held:
+            first.setdefault(hash((pair.prompt, pair.chosen)), i)
     return Subset(pairs, first.values())
 
 
@@ -210,9 +210,7 @@ def keep_fitting(encoded: list, max_length: int, what: str, log=print) -> list:
     """Drop the Nones and tell `log` how many there were; InputError if nothing is left."""
     kept = [tokens for tokens in encoded if tokens is not None]
     if not kept:
-        raise InputError(
-            f"{what}: all {len(encoded)} are longer than --max-length {max_length} tokens"
-        )
+        raise InputError(f"{what}: all {len(encoded)} are longer than --max-length {max_length}")
     if len(kept) < len(encoded):
         dropped = len(encoded) - len(kept)
         log(f"{what}: dropped {dropped} of {len(encoded)} longer than {max_length} tokens")

@@ -60,37 +60,42 @@ def sample_steps(model, rows, max_new_tokens: int, eos_id: int, chooser):
     chooser: what `make_chooser` returns, or another function of float32 logits [B, V]. The rows are
     padded on the right and read once. Then each call computes one token per row from the cached
     keys and values, at the row's own position, with the pads masked out. A row that has ended is
-    left out, but random numbers are drawn for it, so that no row depends on another's end.
+    left out, but random numbers are drawn for it, so that no row depends on another's end. A row
+    ends at the model's context, too; one that leaves no room for an answer gets none.
     """
-    device = model.lm_head.weight.device
+    device, context = model.lm_head.weight.device, model.config.max_position_embeddings
+    room = [min(max_new_tokens, context - len(row)) for row in rows]  # for each answer, in tokens
+    answers, going = [[] for _ in rows], [i for i, tokens in enumerate(room) if tokens > 0]
+    if not going:
+        return
     cache = [Cache() for _ in range(model.config.num_hidden_layers)]
-    lengths = torch.tensor([len(row) for row in rows], device=device)  # [B]
-    tokens = pad(rows, 0, torch.int64, device)  # [B, T]
-    seen = torch.arange(tokens.shape[1], device=device) < lengths[:, None]  # [B, T]
-    hidden = model.hidden(tokens, cache=cache)  # [B, T, D]
-    hidden = hidden[torch.arange(len(rows), device=device), lengths - 1]  # [B, D]
-    answers, going = [[] for _ in rows], list(range(len(rows)))
-    most = min(max_new_tokens, model.config.max_position_embeddings - tokens.shape[1])
-    for step in range(most):
-        progress.show(f"sampling {len(rows)} answers", step, most, "tokens at most")
+    prompts = [rows[i] for i in going]
+    lengths = torch.tensor([len(row) for row in prompts], device=device)  # [R], of those going on
+    tokens = pad(prompts, 0, torch.int64, device)  # [R, T]
+    seen = torch.arange(tokens.shape[1], device=device) < lengths[:, None]  # [R, T]
+    hidden = model.hidden(tokens, cache=cache)  # [R, T, D]
+    hidden = hidden[torch.arange(len(prompts), device=device), lengths - 1]  # [R, D]
+    for step in range(max(room)):
+        progress.show(f"sampling {len(rows)} answers", step, max(room), "tokens at most")
         logits = torch.zeros(len(rows), model.config.vocab_size)  # [B, V]
         logits[going] = model.lm_head(hidden).float().cpu()
-        chosen = chooser(logits)[going]  # [rows going on]
+        chosen = chooser(logits)[going]  # [R]
         for i, token in zip(going, chosen.tolist(), strict=True):
             answers[i].append(token)
         yield answers
-        on = [at for at, i in enumerate(going) if answers[i][-1] != eos_id]
-        if not on or step == most - 1:
+        ended = [answers[i][-1] == eos_id or len(answers[i]) == room[i] for i in going]
+        on = [at for at, end in enumerate(ended) if not end]
+        if not on:
             break
         if len(on) < len(going):
             going, chosen = [going[at] for at in on], chosen[on]
             lengths, seen = lengths[on], seen[on]
             for layer in cache:
                 layer.keep(on)
-        seen = torch.cat((seen, seen.new_ones(len(going), 1)), dim=1)  # [B, T + step + 1]
-        positions = (lengths + step)[:, None]  # [B, 1]
-        tokens = chosen[:, None].to(device)  # [B, 1]
-        hidden = model.hidden(tokens, positions, seen[:, None, None, :], cache)[:, -1]  # [B, D]
+        seen = torch.cat((seen, seen.new_ones(len(going), 1)), dim=1)  # [R, T + step + 1]
+        positions = (lengths + step)[:, None]  # [R, 1]
+        tokens = chosen[:, None].to(device)  # [R, 1]
+        hidden = model.hidden(tokens, positions, seen[:, None, None, :], cache)[:, -1]  # [R, D]
 
 
 def sample_answers(

@@ -117,9 +117,10 @@ def piece_size(device: torch.device) -> int:
 
 
 def quantize_nf4(weight: torch.Tensor, block_size: int = 64, double_quant: bool = True):
-    """Quantize a float tensor of any shape to an NF4Weight (QLoRA, eq. 1 and section 3)."""
+    """Quantize a float tensor of any shape to an NF4Weight (QLoRA, eq. 1, sec. 3). Even blocks."""
     values = weight.detach().flatten()
-    parts = [quantize_piece(part, block_size) for part in values.split(piece_size(values.device))]
+    piece = piece_size(values.device) // block_size * block_size  # whole blocks
+    parts = [quantize_piece(part, block_size) for part in values.split(piece)]
     packed, absmax = map(torch.cat, zip(*parts, strict=True))
     shape = tuple(weight.shape)
     if not double_quant:

@@ -132,9 +132,13 @@ class Run:
         parallel.wait()
 
     def start(self):
-        """Make the folder, lock it, and write config.json: all settings and versions."""
-        if not parallel.first():
-            return
+        """Make the folder, lock it, and write config.json; no process goes on before that."""
+        if parallel.first():
+            self.make_folder()
+        parallel.wait()
+
+    def make_folder(self):
+        """In process 0: the folder with its lock, and config.json: all settings and versions."""
         self.out.mkdir(parents=True, exist_ok=True)
         lock.hold(self.out.absolute())
         check_folder(self.out, self.args)  # another run may have come and gone since the first time

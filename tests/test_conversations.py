@@ -92,6 +92,7 @@ def test_a_row_becomes_one_form(tmp_path, name):
         (inside(), "no prompt, and no message before the last one"),
         (inside(*HI), "the message before the answer is the assistant's"),
         ({"prompt": "Other?"} | inside(ASKED), "the prompt is not among the messages of 'chosen'"),
+        ({"prompt": [BRIEF, ASKED]} | inside(ASKED), "the prompt is not among the messages"),
         (inside(ASKED) | {"rejected": [*HI, ASKED, *said("No.")]}, "differ before their last"),
         (PLAIN | {"chosen": [ASKED]}, "the last message of 'chosen' is not the assistant's"),
         (PLAIN | {"chosen": []}, "'chosen' is list, not text or messages"),

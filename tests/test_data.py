@@ -261,6 +261,15 @@ def test_without_a_part_for_sft_it_learns_the_chosen_answers_of_training_each_on
     assert list(splits.evaluation) == [PreferencePair("held0", "good 0", "bad")]
 
 
+def test_a_part_for_sft_loses_the_questions_that_are_held_out(tmp_path):
+    for part in ("train_sft", "train_prefs"):  # UltraFeedback's names; the questions are the same
+        write_rows(tmp_path / f"{part}.jsonl", plain_rows(40))
+    splits = load_splits(tmp_path, log=quiet)
+    held = {pair.prompt for pair in splits.evaluation}
+    assert len(held) == 16 and len(splits.sft) == 24
+    assert held & {pair.prompt for pair in splits.sft} == set()
+
+
 def test_equal_answers_to_different_questions_both_stay_in_sft():
     pairs = [
         PreferencePair("a", "Yes.", "No."),
@@ -268,14 +277,15 @@ def test_equal_answers_to_different_questions_both_stay_in_sft():
         PreferencePair("a", "No.", "Yes."),
         PreferencePair("a", "Yes.", "Maybe."),  # for SFT the same as the first
     ]
-    assert list(without_repeats(pairs)) == pairs[:3]
+    assert list(without_repeats(pairs, ())) == pairs[:3]
+    assert list(without_repeats(pairs, [pairs[2]])) == pairs[1:2]  # none of its question
 
 
 def test_a_subset_reads_the_pairs_of_its_indices():
     pairs = [PreferencePair(f"q{i}", "Yes.", "No.") for i in range(10)]
     some = Subset(pairs, [7, 2, 5])
     assert len(some) == 3 and list(some) == [pairs[7], pairs[2], pairs[5]]
-    assert some[-1] == pairs[5] and list(some[1:]) == [pairs[2], pairs[5]]
+    assert some[-1] == pairs[5]
     assert pairs[7] in some and pairs[3] not in some
     with pytest.raises(IndexError):
         some[3]

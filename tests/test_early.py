@@ -57,7 +57,7 @@ def test_questions_that_leave_no_room_for_an_answer_are_not_asked():
     model = tiny_llama()  # its context has 128 tokens, and answers of the forum 64
     most = model.config.max_position_embeddings - 64
     pairs = [EncodedPair([1] * n, [5, 2], [6, 2]) for n in (most, most + 1, most, 3)]
-    found = early.with_kl(run_, model, [None, *pairs], evaluate=None).keywords
+    found = early.with_kl(run_, model, pairs, evaluate=None).keywords
     assert list(map(len, found["prompts"])) == [most, 3] and found["eos_id"] == 2
     with pytest.raises(InputError, match=f"all held-out questions have more than {most} tokens"):
         early.with_kl(run_, model, pairs[1:2], evaluate=None)

@@ -269,6 +269,11 @@ def test_base_sft_and_dpo_are_asked_with_their_own_adapters(tokenizer):
     assert "win_rate_against_sft" in table["DPO"] and "win_rate_against_sft" not in table["SFT"]
     unjudged, _ = compare(model, tokenizer, ["Who?"], judged=False, **usual)
     assert unjudged["DPO"].keys() == {"kl_to_sft"}
+    bare = tiny_llama(torch.float32, vocab_size=420, max_position_embeddings=64)  # --no-sft
+    add_adapter(bare, "dpo", r=2)
+    table, greedy = compare(bare, tokenizer, questions, judged=True, **usual)
+    assert table.keys() == greedy.keys() == {"base", "DPO"}
+    assert "true_score" in table["DPO"] and "win_rate_against_sft" not in table["DPO"]
 
 
 @pytest.mark.parametrize("n", [3, 10, 60, 64, 70])  # below 8; greedy ones in a part of their own
@@ -317,19 +322,22 @@ class Asked(Exception):
 
 
 @pytest.mark.parametrize(("on_forum", "most"), [(True, 120), (False, 16)])
-def test_a_question_of_several_held_out_pairs_is_asked_once(monkeypatch, on_forum, most):
+def test_a_question_of_several_held_out_pairs_is_asked_once(monkeypatch, tokenizer, on_forum, most):
     def stop(model, tokenizer, questions, **settings):
         raise Asked(questions)
 
     monkeypatch.setattr(report, "compare", stop)
     run = SimpleNamespace(on_forum=on_forum, device="cpu", args=SimpleNamespace(seed=0))
+    model = two_adapters(vocab_size=420)
     held_out = [PreferencePair(f"q{i % 130}", f"yes {i}", "no") for i in range(390)]
+    too_long = PreferencePair("q" * model.config.max_position_embeddings, "yes", "no")
     for pairs, expected in (
         (held_out, [f"q{i}" for i in range(most)]),
         ([held_out[i] for i in (7, 3, 133, 137, 2)], ["q7", "q3", "q2"]),
+        ([too_long, held_out[5]], ["q5"]),
     ):
         with pytest.raises(Asked) as caught:
-            report.ask_held_out(run, None, None, pairs)
+            report.ask_held_out(run, model, tokenizer, pairs)
         assert caught.value.args[0] == expected
 
 

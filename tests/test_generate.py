@@ -78,6 +78,12 @@ def test_no_more_tokens_than_asked_for_and_than_the_model_has_positions():
     assert [len(a) for a in greedy(model, [ROWS[0]], 5)] == [5]
     assert [len(a) for a in greedy(model, [ROWS[0]], 50)] == [7]
     assert greedy(model, [ROWS[0]], 0) == [[]]
+    # Each row has its own room, whatever its neighbours have: 10 - 3, none, 10 - 1, 10 - 6.
+    rows = [ROWS[0], [1] * 12, ROWS[2], ROWS[3]]
+    together = greedy(model, rows, 8)
+    assert [len(a) for a in together] == [7, 0, 8, 4]
+    alone = [greedy(model, [row], 8)[0] for row in rows]
+    assert together == alone
     assert greedy(model, [[1] * 11], 5) == [[]]
 
 
@@ -259,6 +265,17 @@ def test_unpacked_weights_give_the_same_results_and_are_packed_again(rows):
             raise KeyError("something goes wrong in between")
     assert [type(m) for m in model.modules()] == kinds
     assert NF4Linear in kinds
+
+
+def test_compiled_blocks_run_as_they_are_written_while_sampling():
+    model = quantized_llama()
+    calls = [lambda x: x, None]
+    for block, call in zip(model.model.layers, calls, strict=True):
+        block._compiled_call_impl = call  # where `block.compile()` puts it
+    with pytest.raises(KeyError), ready_to_sample(model):
+        assert [block._compiled_call_impl for block in model.model.layers] == [None, None]
+        raise KeyError("something goes wrong in between")
+    assert [block._compiled_call_impl for block in model.model.layers] == calls
 
 
 @pytest.mark.parametrize(("free", "packed"), [(None, 14), (0, 14), (2 * 4 * (24 * 16 + 20), 13)])

@@ -12,7 +12,7 @@ import torch
 from helpers import tiny_llama
 
 from dpo_minimal.data import EncodedPair
-from dpo_minimal.extras import compiled, machine, preflight
+from dpo_minimal.extras import compiled, machine, memory, preflight
 from dpo_minimal.loop import Settings
 from dpo_minimal.nf4 import DYNAMIC_CODE, NF4Linear, dequantize_nf4, on_device, quantize_nf4
 
@@ -125,6 +125,13 @@ def test_checkpointing_is_chosen_by_the_memory_that_a_step_is_predicted_to_take(
     choice = dict(is_dpo=stage == "dpo", recompute=False)
     more = preflight.predicted(run, model.config, settings, width, **choice)
     assert high == pytest.approx(more / 0.9 / 1e9, rel=1e-6)
+
+
+def test_a_target_by_its_full_name_counts_for_all_layers():
+    step = SimpleNamespace(targets="model.layers.1.self_attn.q_proj,v_proj")
+    names = ["model.layers.0.self_attn.q_proj", "q_proj", "model.layers.0.self_attn.v_proj"]
+    assert all(memory.Step.is_target(step, name) for name in names)
+    assert not memory.Step.is_target(step, "k_proj")
 
 
 def test_the_flag_wins_and_on_a_cpu_it_is_on(monkeypatch):

@@ -88,6 +88,14 @@ def test_a_pattern_names_files_and_their_digest(tmp_path):
     assert of_files(tmp_path / "a*") != before
 
 
+def test_a_file_with_brackets_in_its_name_has_a_digest(tmp_path):
+    path = tmp_path / "pairs[v2].jsonl"
+    write(path, "q")
+    before = of_files(path)
+    write(path, "c")
+    assert of_files(path) != before
+
+
 def test_the_line_ends_of_windows_do_no_harm(tmp_path):
     write(tmp_path / "unix.jsonl", "q")
     text = (tmp_path / "unix.jsonl").read_bytes()

@@ -12,12 +12,14 @@ import pytest
 import torch
 from test_train import STEPS, command, metrics, preference_rows, write_rows
 
+from dpo_minimal import InputError
 from dpo_minimal.batches import answer_rows
 from dpo_minimal.checkpoint import load_adapter, load_llama, save_adapter, save_llama
 from dpo_minimal.data import encode_pairs, load_pairs
 from dpo_minimal.extras import ask, card, digest, measure, report
 from dpo_minimal.extras.command_line import run_command
 from dpo_minimal.extras.rounding import round_again
+from dpo_minimal.formats.huggingface import open_weights
 from dpo_minimal.generate import generate
 from dpo_minimal.lora import add_adapter, lora_layers
 from dpo_minimal.loss import sequence_logps
@@ -134,6 +136,11 @@ def test_the_digest_of_a_base_is_of_its_weights_and_not_of_its_files(
     model.model.norm.weight.data[3] += 2**-20
     save_llama(model, tmp_path / "other", torch.float32)
     assert digest.of_base(tmp_path / "other") != expected
+    weights = open_weights(model_folder)
+    del weights["model.norm.weight"]
+    monkeypatch.setattr(digest, "open_weights", lambda folder: weights)
+    with pytest.raises(InputError, match="its weights lack model.norm.weight"):
+        digest.of_base(model_folder)
 
 
 def test_the_digest_of_pairs_is_of_every_text_and_of_the_order():
@@ -345,6 +352,14 @@ def other_folders(tmp_path_factory, first_run, model_folder):
     return folder
 
 
+def test_a_tokenizer_larger_than_the_model_is_refused(capsys, tmp_path, model_folder, data):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    texts = [row["chosen"] for row in preference_rows(40)] * 9
+    train_tokenizer(texts, 430, folder / "tokenizer.model")
+    _, status, err = evaluate(capsys, "--model", folder, "--data", data)
+    assert status == 2 and "last id is 429, but the model's vocabulary has 420 entries" in err
+
+
 def test_the_passport_of_a_run_passes(capsys, first_run):
     out, status, _ = evaluate(capsys, "--verify", first_run)
     assert status == 0 and "passed" in out and set(verdicts(out).values()) == {"ok"}
@@ -421,13 +436,16 @@ def test_the_passports_of_a_run_without_sft_and_of_one_on_somebodys_adapter(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_another_rounding_is_as_strong_as_rounding(dtype):
     torch.manual_seed(0)
-    exact = torch.randn(400, 500)
-    layer = torch.nn.Linear(500, 400, bias=False).to(dtype)
+    exact = torch.randn(400, 501)
+    exact[:, 500] = 0  # a code of NF4: rounding left it as it is
+    layer = torch.nn.Linear(501, 400, bias=False).to(dtype)
     layer.weight.data = exact.bfloat16().to(dtype)
     before = layer.weight.detach().double()
     round_again(layer)
     after = layer.weight.detach()
     assert torch.equal(after, after.bfloat16().to(dtype))
+    assert (after[:, 500] == 0).all()
+    exact, before, after = exact[:, :500], before[:, :500], after[:, :500]
     step = 2.0 ** (exact.double().abs().log2().floor() - 7)  # 8 bits, the first one implied
     ours, real = ((after.double() - before) / step, (exact.double() - before) / step)
     # 200,000 of them: 1/12 within 2%, and half of them upwards

@@ -326,6 +326,15 @@ def test_a_layer_with_blocks_of_another_size_equals_numpy_also_after_loading_its
         np.testing.assert_allclose(x.grad.numpy(), grad_y.numpy() @ W, atol=1e-10)
 
 
+@pytest.mark.parametrize("block_size", [6, 64])
+def test_blocks_are_the_same_however_many_weights_are_taken_at_a_time(monkeypatch, block_size):
+    weight = gaussian(30, 10)
+    whole = quantize_nf4(weight, block_size)
+    monkeypatch.setattr(nf4, "PIECE", 128)  # 21 blocks of 6 and two weights more
+    assert torch.equal(quantize_nf4(weight, block_size).packed, whole.packed)
+    assert torch.equal(dequantize_nf4(quantize_nf4(weight, block_size)), dequantize_nf4(whole))
+
+
 def test_the_linear_layer_answers_in_the_dtype_of_its_input():
     layer = NF4Linear(quantize_nf4(gaussian(8, 64)))
     x = gaussian(2, 64).to(torch.bfloat16).requires_grad_()

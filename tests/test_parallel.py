@@ -13,6 +13,7 @@ import torch
 from dpo_minimal import forum
 from dpo_minimal.extras import parallel
 from dpo_minimal.formats.safetensors import open_safetensors
+from dpo_minimal.run import Run
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -62,6 +63,19 @@ def test_two_processes_take_the_steps_of_one(tmp_path, model_folder, data):
         # Adam divides by a root of squares: where a gradient is near 0, its rounding shows.
         torch.testing.assert_close(two[1][name], weight, rtol=0, atol=1e-5)
     assert two[0][-1]["eval_rewards/margins"] != 0
+
+
+def test_every_process_waits_until_the_first_has_made_the_folder(tmp_path, monkeypatch):
+    waited = []
+    monkeypatch.setattr(parallel, "wait", lambda: waited.append((tmp_path / "run").exists()))
+    monkeypatch.setattr(parallel, "first", lambda: False)
+    start = Run(None, tmp_path / "run", "cpu", torch.float32, {}).start
+    start()
+    assert waited == [False]  # it made nothing itself
+    monkeypatch.setattr(parallel, "first", lambda: True)
+    monkeypatch.setattr(Run, "make_folder", lambda self: self.out.mkdir())
+    start()
+    assert waited == [False, True]
 
 
 def test_one_process_shares_with_nobody():

@@ -7,6 +7,7 @@ import torch
 from helpers import tiny_llama
 from test_train import command, preference_rows, write_rows
 
+from dpo_minimal import InputError
 from dpo_minimal.batches import pack, packed_order, pair_order
 from dpo_minimal.data import EncodedPair
 from dpo_minimal.extras import machine, memory, preflight
@@ -47,6 +48,15 @@ def test_the_plan_of_dpo_is_what_a_hand_counts():
         said[2].strip().startswith(f"trains {2 * 2 * (16 + 24 + 16 + 12)} weights; the model has")
     )
     assert len(said) == 4
+
+
+def test_examples_are_looked_at_from_everywhere(monkeypatch):
+    monkeypatch.setattr(preflight, "SAMPLE", 10)
+    some = preflight.some_of([*range(99), None])
+    assert 10 <= len(some) <= 20 and max(some) >= 90 and None not in some
+    assert preflight.some_of([1, None, 2]) == [1, 2]
+    with pytest.raises(InputError, match="all 3 examples looked at are longer than --max-length"):
+        preflight.some_of([None] * 3)
 
 
 def test_the_plan_of_sft_counts_packed_rows():

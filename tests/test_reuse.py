@@ -220,6 +220,7 @@ def test_kept_values_are_finite_and_of_every_pair_that_was_seen(first_run):
         (["--no-sft", "--sft-adapter", "x", "--model", "m"], "leave out --sft-adapter"),
         (["--no-sft", "--stage", "sft", "--model", "m"], "leave out"),
         (["--preset", "stack-llama-2"], "--preset stack-llama-2"),
+        (["--eval-data", "x"], "--eval-data goes with --data"),
         (["--preset", "forum", "--model", "m", "--data", "d"], "--preset forum"),
     ],
 )

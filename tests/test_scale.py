@@ -84,7 +84,7 @@ def test_every_text_is_read_back_bit_for_bit_in_any_order():
         assert read[i] == PreferencePair(*pairs[i])
     assert list(read) == pairs and len(read) == 300
     assert read[-1] == pairs[-1] and read[-300] == pairs[0]
-    assert list(Subset(read, range(300))[10:12]) == pairs[10:12]
+    assert list(Subset(read, range(10, 12))) == pairs[10:12]
     for beyond in (300, -301):
         with pytest.raises(IndexError):
             read[beyond]
@@ -135,7 +135,7 @@ def test_a_large_file_has_1000_pairs_held_out_and_no_question_in_common():
 
 def test_equal_texts_of_sft_are_told_by_prompt_and_answer_not_by_what_they_add_up_to():
     pairs = [("ab", "c", "x"), ("a", "bc", "x"), ("ab", "c", "y"), ("ab", "d", "x")]
-    assert list(without_repeats(stored(pairs))) == [pairs[0], pairs[1], pairs[3]]
+    assert list(without_repeats(stored(pairs), ())) == [pairs[0], pairs[1], pairs[3]]
 
 
 def test_the_splits_of_large_data_are_those_of_data_in_memory(tmp_path, monkeypatch):

@@ -376,6 +376,16 @@ def refuse(capsys, *flags):
     return err
 
 
+def test_batches_of_the_evaluation_are_those_of_training(tmp_path, flags, monkeypatch):
+    """A batch size that fits few pairs, and not the default: values kept by one fit the other."""
+    sizes, right = [], train.one_epoch
+    monkeypatch.setattr(train, "one_epoch", lambda pairs, n: sizes.append(n) or right(pairs, n))
+    data = write_rows(tmp_path / "pairs.jsonl", preference_rows(44))  # 28, and 16 are held out
+    short = ["--max-steps", 1, "--max-length", 96]
+    command(*flags[:2], "--data", data, *short, "--out", tmp_path / "run")
+    assert sizes == [1, 1]
+
+
 GOOD = {"prompt": "Is it?", "chosen": "Yes.", "rejected": "No."}
 BAD_DATA = {
     "missing": (None, "No such file"),

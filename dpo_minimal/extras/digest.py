@@ -6,19 +6,21 @@ from pathlib import Path
 
 import torch
 
+from dpo_minimal import InputError
 from dpo_minimal.extras import progress
 from dpo_minimal.extras.skeleton import skeleton
 from dpo_minimal.formats.huggingface import open_weights, read_config
+from dpo_minimal.formats.rows import data_files
 
 
 def of_files(*places) -> str:
-    """A hash of the names and contents of files, or of all files below folders; "" for None."""
+    """A hash of the names and contents of files, or of all files below folders."""
     digest = hashlib.sha256()
     for place in places:
         files = []
         if place is not None:
             path = Path(place)
-            found = path.rglob("*") if path.is_dir() else path.parent.glob(path.name)
+            found = path.rglob("*") if path.is_dir() else data_files(path)
             files = sorted(file for file in found if file.is_file())
         for file in files:
             digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
@@ -49,6 +51,8 @@ def of_base(folder) -> str:
         names -= {"lm_head.weight"}  # some files have a copy of it, others do not
     for done, name in enumerate(sorted(names)):
         progress.show(f"digest of {folder.name}", done, len(names), "tensors")
+        if name not in weights:
+            raise InputError(f"{folder}: its weights lack {name}")
         tensor = weights[name].read()
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy())

@@ -26,10 +26,9 @@ def with_kl(run, model, pairs, evaluate):
     """
     if run.args.stop_when is None:
         return evaluate
-    fitting = [pair for pair in pairs if pair]
     context = model.config.max_position_embeddings
     most = context - min(answer_tokens(run), context // 2)  # an answer needs room
-    prompts = dict.fromkeys(tuple(p.prompt) for p in fitting if len(p.prompt) <= most)
+    prompts = dict.fromkeys(tuple(p.prompt) for p in pairs if len(p.prompt) <= most)
     if not prompts:
         raise InputError(f"--stop-when: all held-out questions have more than {most} tokens")
     return partial(
@@ -37,7 +36,7 @@ def with_kl(run, model, pairs, evaluate):
         evaluate=evaluate,
         prompts=[list(prompt) for prompt in prompts][:ANSWERS],
         max_new_tokens=answer_tokens(run),
-        eos_id=fitting[0].chosen[-1],
+        eos_id=pairs[0].chosen[-1],
         device=run.device,
     )
 

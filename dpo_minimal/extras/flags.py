@@ -75,6 +75,8 @@ def check_flags(args):
     """InputError for flags that make no sense, alone or together."""
     if args.data and not args.model:
         raise InputError("--data needs --model: the tiny Llama made here knows only the forum")
+    if args.eval_data and not args.data:
+        raise InputError("--eval-data goes with --data: the forum has its own evaluation part")
     if args.stage == "pretrain" and args.model:
         raise InputError("--stage pretrain makes the forum's own model: leave out --model")
     if (args.no_sft or args.sft_adapter) and not args.model:

@@ -22,6 +22,7 @@ from dpo_minimal.extras.ask import read_questions
 from dpo_minimal.extras.command_line import real, refuse, temperature, whole
 from dpo_minimal.extras.flags import check_device
 from dpo_minimal.extras.machine import device_and_dtype
+from dpo_minimal.extras.preflight import check_fit
 from dpo_minimal.extras.reading import read_json
 from dpo_minimal.extras.sampling import ready_to_sample
 from dpo_minimal.files import whole_file
@@ -180,6 +181,7 @@ def main():
     losses.check_loss(losses.loss_settings(vars(args)))
     tokenizer = load_tokenizer(args.model, chosen_template(args, args.adapter, args.model))
     model, variants = open_models(args, device, dtype)
+    check_fit(args.model, tokenizer, model.config, 0)
     if args.data:
         print(f"\n{measure_pairs(args, model, variants, tokenizer, device, dtype)}\n")
     if args.prompts:

@@ -32,8 +32,10 @@ class Step:
     quantized: bool = True
 
     def is_target(self, name: str) -> bool:
-        """Whether the linear layer of this name has adapters."""
-        return self.targets == "all" or name.split(".")[-1] in self.targets.split(",")
+        """Whether the linear layer of this name has adapters; one of `targets` stands for all
+        layers of its last name."""
+        last_names = {target.split(".")[-1] for target in self.targets.split(",")}
+        return self.targets == "all" or name.split(".")[-1] in last_names
 
 
 def predict_training(config: LlamaConfig, step: Step) -> dict[str, int]:

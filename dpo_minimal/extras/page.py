@@ -6,6 +6,7 @@ from html import escape
 
 from dpo_minimal import InputError
 from dpo_minimal.extras.answers import Answer, Sampling, Trio, ask, example_questions
+from dpo_minimal.extras.sampling import answer_tokens
 
 ROLES = {
     "base": "the model as it was",
@@ -95,7 +96,7 @@ def build(gradio, trio: Trio):
 
 def sampling_row(gradio, trio: Trio) -> list:
     """The sliders of `Sampling`, in its order."""
-    usual = 64 if trio.run.on_forum else 128
+    usual = answer_tokens(trio.run)
     most = min(1024, trio.model.config.max_position_embeddings)
     with gradio.Row():
         return [

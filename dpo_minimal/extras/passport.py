@@ -118,7 +118,7 @@ def read_texts(passport: Passport, data, log) -> list:
     return splits.evaluation
 
 
-def check_fit(folder, model, pairs):
+def check_ids(folder, model, pairs):
     """InputError unless the model has an embedding of every token of the pairs."""
     if max(max(ids) for pair in pairs for ids in pair) >= model.config.vocab_size:
         raise InputError(f"{folder}: the tokenizer has more tokens than the embedding")
@@ -132,7 +132,7 @@ def read_adapter(passport: Passport, adapter, pairs, device, quantize):
     if not passport.flags["no_sft"]:
         load_adapter(model, passport.run / "sft", "sft")
         reference = ["sft"]
-    check_fit(passport.base, model, pairs)
+    check_ids(passport.base, model, pairs)
     batches, logps = one_epoch(pairs, 4), []
     for names in (["dpo"], reference):
         with active_adapters(model, names):
@@ -143,7 +143,7 @@ def read_adapter(passport: Passport, adapter, pairs, device, quantize):
 def read_merged(passport: Passport, folder, pairs, device):
     """(policy, policy after another rounding) log-probabilities [n, 2], and the widest sum."""
     model = load_llama(folder, device, passport.dtype, quantize=None)
-    check_fit(folder, model, pairs)
+    check_ids(folder, model, pairs)
     batches = one_epoch(pairs, 4)
     policy = pair_logps(model, pairs, batches, device)
     round_again(model)

@@ -141,5 +141,12 @@ def recomputes(run, model, stage, examples, settings) -> bool:
 
 
 def some_of(examples) -> list:
-    """The first SAMPLE examples that fit."""
-    return [e for e in (examples[i] for i in range(min(len(examples), SAMPLE))) if e is not None]
+    """Some SAMPLE to 2 SAMPLE examples from everywhere, or all: those that fit.
+
+    InputError if none does.
+    """
+    indices = range(0, len(examples), max(1, len(examples) // SAMPLE))
+    some = [e for e in (examples[i] for i in indices) if e is not None]
+    if not some:
+        raise InputError(f"all {len(indices)} examples looked at are longer than --max-length")
+    return some

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from itertools import islice
 from statistics import mean
 
 import torch
@@ -99,7 +100,7 @@ def compare(model, tokenizer, questions, device, max_new_tokens, seed, judged, l
             table[name] = {"kl_to_sft" if reference else "kl_to_base": kl}
             if judged:
                 table[name] |= judge_answers(questions, sampled[name])
-    if judged:
+    if judged and "SFT" in sampled:  # not with --no-sft
         rate = win_rate(questions, sampled["DPO"], sampled["SFT"])
         table["DPO"]["win_rate_against_sft"] = rate
     return table, greedy
@@ -196,9 +197,14 @@ def describe_pairs(run, texts, pairs, metrics) -> dict:
 
 
 def ask_held_out(run, model, tokenizer, texts, log=print):
-    """(questions, table, greedy): `compare` on the questions of held-out pairs, each one once."""
-    questions = list(dict.fromkeys(pair.prompt for pair in texts))
-    questions = questions[: 120 if run.on_forum else 16]
+    """(questions, table, greedy): `compare` on the questions of held-out pairs, each one once.
+
+    A question that leaves no room for an answer in the model's context is not asked.
+    """
+    context = model.config.max_position_embeddings
+    questions = dict.fromkeys(pair.prompt for pair in texts)
+    fitting = (q for q in questions if len(encode_example(tokenizer, q)[0]) < context)
+    questions = list(islice(fitting, 120 if run.on_forum else 16))
     table, greedy = compare(
         model,
         tokenizer,

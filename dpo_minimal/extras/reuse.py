@@ -41,7 +41,7 @@ def begin(out: Path, source: Path, data: str):
 
 
 def tables_path(run) -> Path:
-    """Where the reference's values are kept: the name says of which data, base and SFT they are."""
+    """Where the reference's values are kept; the name says of which data, base (path) and SFT."""
     adapter = None if run.args.no_sft else run.out / "sft" / "adapter_model.safetensors"
     what = [getattr(run.args, name) for name in FIXED] + [str(run.dtype), run.device]
     what += [read_json(run.out / "config.json")["data"], digest.of_files(adapter)]

@@ -11,7 +11,7 @@ def round_again(model, seed: int = 0):
     """Move weights that are in bfloat16's steps by as much as rounding to them did, in place.
 
     Rounding errors are uniform within half a step, so their variance is 1/12 of a squared step. One
-    weight in 12 is moved by a whole step, up or down, which has the same variance.
+    weight in 12 is moved by a whole step, up or down, which has the same variance. Zeros stay.
     """
     generator = torch.Generator().manual_seed(seed)
     for weight in model.parameters():
@@ -19,6 +19,7 @@ def round_again(model, seed: int = 0):
         step = torch.ldexp(torch.ones(weight.shape), exponent - 8)  # 8 bits
         drawn = torch.rand(weight.shape, generator=generator)
         moved = step * ((drawn < 1 / 24).float() - (drawn > 23 / 24).float())
+        moved[weight.cpu() == 0] = 0
         weight.add_(moved.to(weight.device, weight.dtype))
 
 

@@ -1,7 +1,6 @@
 """A model made ready for sampling: layers fast for few rows, and weights unpacked once."""
 
-import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +36,7 @@ def ready_to_sample(model: nn.Module):
                     continue
             replaced[name] = layer
             model.set_submodule(name, SamplingLinear(layer, dtype))
-        with eager():
+        with uncompiled(model.model.layers):
             yield
     finally:
         for name, layer in replaced.items():
@@ -77,8 +76,17 @@ def turned_is_faster(rows) -> bool:
     return rows.device.type == "cpu" and rows.dtype == torch.float32 and 1 < len(rows) <= 128
 
 
-def eager():
-    """A context in which nothing is compiled; importing torch's compiler alone takes seconds."""
-    if "torch._dynamo" not in sys.modules:
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+@contextmanager
+def uncompiled(blocks):
+    """A context in which blocks that `block.compile()` compiled run as they are written.
+
+    A compiled kernel of theirs (`compiled.fused_form`) stays one.
+    """
+    calls = [block._compiled_call_impl for block in blocks]
+    try:
+        for block in blocks:
+            block._compiled_call_impl = None
+        yield
+    finally:
+        for block, call in zip(blocks, calls, strict=True):
+            block._compiled_call_impl = call

@@ -23,7 +23,7 @@ class Message(NamedTuple):
 
 
 def is_conversation(row: dict) -> bool:
-    """Whether a row holds messages instead of texts, or has an earlier turn beside its prompt."""
+    """Whether a row holds messages instead of texts."""
     fields = [row.get(name) for name in ("prompt", "chosen", "rejected")]
     return "conversations" in row or any(isinstance(field, (list, dict)) for field in fields)
 
@@ -40,7 +40,7 @@ def conversation_of(place: str, row: dict) -> tuple[tuple[Message, ...], str, st
     for name in ("chosen", "rejected"):
         *turns, answer = read_turns(place, row, name, "assistant")
         inside = tuple(turns)
-        if inside and before and before[-1] not in inside:
+        if inside and not set(before) <= set(inside):
             raise InputError(f"{place}: the prompt is not among the messages of {name!r}")
         if answer.role != "assistant":
             raise InputError(f"{place}: the last message of {name!r} is not the assistant's")

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from dpo_minimal import InputError
-from dpo_minimal.extras.reading import read_json, reading
+from dpo_minimal.extras.reading import reading
+from dpo_minimal.formats.tokenizer_config import named_tokens
 
 
 class JsonTokenizer:
@@ -29,12 +30,10 @@ class JsonTokenizer:
 
     def special_id(self, folder: Path, name: str) -> int:
         """The id of `bos_token` or `eos_token`, a string or {"content": string} in the settings."""
-        path, number = folder / "tokenizer_config.json", None
-        if path.exists():
-            token = read_json(path).get(name)
-            text = token.get("content") if isinstance(token, dict) else token
-            with reading(path, "settings"):  # half a surrogate pair is no text to look up
-                number = self.model.token_to_id(text) if isinstance(text, str) else None
+        path = folder / "tokenizer_config.json"
+        text = named_tokens(folder).get(name)
+        with reading(path, "settings"):  # half a surrogate pair is no text to look up
+            number = None if text is None else self.model.token_to_id(text)
         if number is None:
             raise InputError(f"{path}: no {name} that the tokenizer.json knows")
         return number
