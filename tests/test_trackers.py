@@ -119,7 +119,7 @@ def read_tensorboard(out):
     for name in ("settings", "samples"):
         (event,) = events.Tensors(f"{name}/text_summary")
         texts[name] = event.tensor_proto.string_val[0].decode()
-    lines = texts["samples"].splitlines()
+    lines = texts["samples"].split("\n")  # an untrained model says other ends of lines, too
     samples = [line.strip("| ").split(" | ") for line in (lines[0], *lines[2:])]
     return points, json.loads(texts["settings"].strip("`")), samples
 
