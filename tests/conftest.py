@@ -5,6 +5,7 @@ import torch
 from helpers import real_input
 
 from dpo_minimal import forum
+from dpo_minimal.extras import report
 from dpo_minimal.formats.huggingface import save_llama
 from dpo_minimal.llama import Llama, LlamaConfig
 from dpo_minimal.tokenizer import Tokenizer, train_tokenizer
@@ -21,6 +22,19 @@ SHAPE = {
     "max_position_embeddings": 128,
     "initializer_range": 0.2,
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_tokens():
+    """Untrained models never end an answer: let them say 8 tokens and not 128."""
+    compare = report.compare
+
+    def short(model, tokenizer, questions, **options):
+        return compare(model, tokenizer, questions, **options | {"max_new_tokens": 8})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "compare", short)
+        yield
 
 
 @pytest.fixture(scope="session")

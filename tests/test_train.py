@@ -18,7 +18,6 @@ from dpo_minimal import forum, loop, reference
 from dpo_minimal.batches import answer_rows
 from dpo_minimal.checkpoint import load_adapter, load_llama, save_llama
 from dpo_minimal.data import encode_pair, load_splits
-from dpo_minimal.extras import report
 from dpo_minimal.extras.command_line import run_command
 from dpo_minimal.formats.safetensors import open_safetensors
 from dpo_minimal.llama import Llama, LlamaConfig
@@ -65,19 +64,6 @@ def write_rows(path, rows):
     """Rows as JSON Lines; returns the path."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
-
-
-@pytest.fixture(scope="session", autouse=True)
-def few_tokens():
-    """Untrained models never end an answer: let them say 8 tokens and not 128."""
-    compare = report.compare
-
-    def short(model, tokenizer, questions, **options):
-        return compare(model, tokenizer, questions, **options | {"max_new_tokens": 8})
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "compare", short)
-        yield
 
 
 @pytest.fixture(scope="session")
