@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_train import command
 
 from dpo_minimal import forum
 from dpo_minimal.extras import parallel
@@ -34,26 +35,30 @@ def data(tmp_path_factory):
     return path
 
 
+def in_two(*flags):
+    """Run train.py under torchrun; what it prints."""
+    words = [sys.executable, *TORCHRUN, "train.py", *map(str, flags)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def run(folder, model_folder, data, program):
-    """Run the stages sft and dpo in processes of their own; the metrics and the adapters."""
+    """Run the stages sft and dpo by program(*flags); the metrics and the adapters."""
     for stage, accumulate in (("sft", 1), ("dpo", 2)):
         flags = ["--model", model_folder, "--data", data, "--out", folder, "--stage", stage]
-        words = [sys.executable, *program, "train.py", *flags, *FLAGS, "--grad-accum", accumulate]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            list(map(str, words)), cwd=ROOT, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        # One process speaks for all.
-        assert done.stdout.count(" held out\n" if stage == "dpo" else " texts in ") == 1
+        said = program(*flags, *FLAGS, "--grad-accum", accumulate)
+        if program is in_two:  # one process speaks for all
+            assert said.count(" held out\n" if stage == "dpo" else " texts in ") == 1
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     weights = open_safetensors(folder / "dpo" / "adapter_model.safetensors")
     return rows, {name: tensor.read() for name, tensor in weights.items()}
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path, model_folder, data):
-    one = run(tmp_path / "one", model_folder, data, [])
-    two = run(tmp_path / "two", model_folder, data, TORCHRUN)
+    one = run(tmp_path / "one", model_folder, data, command)
+    two = run(tmp_path / "two", model_folder, data, in_two)
     assert len(one[0]) == len(two[0]) > 10  # every line once
     for row, expected in zip(two[0], one[0], strict=True):
         assert row.pop("stage") == expected.pop("stage")
