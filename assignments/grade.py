@@ -76,6 +76,7 @@ class Grader:
         self.v, self.seed, self.problems = v, seed, problems
         self.empty = cut(package, problems)
         self.layers: set[str] = set()
+        self.inputs = {}
 
     def __enter__(self):
         self.folder = Path(tempfile.mkdtemp(prefix="grade-"))
@@ -105,7 +106,7 @@ class Grader:
         own = {path: submitted(submission, path) for path in problem.files}
         missing = [path for path, text in own.items() if text is None]
         files = self.empty | {path: text for path, text in own.items() if text is not None}
-        inputs = draw(problem, self.v, self.seed)
+        inputs = self.draw(problem)
         results = {} if len(missing) == len(own) else self.run(problem, files, inputs)
         rows = []
         tricks = [
@@ -124,6 +125,13 @@ class Grader:
             row |= {"score": 0 if output else check.points, "visible": check.visible}
             rows.append(row | {"output": output or "Right."})
         return rows
+
+    def draw(self, problem: Problem) -> dict[str, dict]:
+        """A problem's inputs, the same for all submissions: drawing takes longer than grading."""
+        key = problem.name, self.v
+        if key not in self.inputs:
+            self.inputs[key] = draw(problem, self.v, self.seed)
+        return self.inputs[key]
 
     def run(self, problem: Problem, files: dict[str, str], inputs: dict) -> dict[str, dict]:
         """What each check returned, by name. A child that hangs or dies costs one check."""

@@ -76,20 +76,29 @@ def wrong_excerpts(text):
     return wrong
 
 
-@cache
 def wrong_programs(text):
     """What programs print that is not in the text block below them, if there is one.
 
-    All run in one namespace. Numbers may differ by one in their last digit: machines round.
+    Numbers may differ by one in their last digit: machines round.
     """
-    wrong, names = [], {}
     program = r"^```python\n(?!# [\w/]+\.py[:\n])(.*?)^```\n(?:\n```text\n(.*?)^```)?"
-    for code, shown in re.findall(program, text, re.M | re.S):
+    found, wrong = re.findall(program, text, re.M | re.S), []
+    printed = what_they_print(tuple(code for code, _ in found))
+    for (_, shown), said in zip(found, printed, strict=True):
+        wrong += differences(shown.split(), said.split())
+    return wrong
+
+
+@cache
+def what_they_print(programs):
+    """What each program prints; all run in one namespace."""
+    said, names = [], {}
+    for code in programs:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(compile(code, "tutorial.md", "exec"), names)  # noqa: S102
-        wrong += differences(shown.split(), printed.getvalue().split())
-    return wrong
+        said.append(printed.getvalue())
+    return said
 
 
 def differences(shown, printed):
@@ -360,6 +369,7 @@ def names_of_programs():
     return names
 
 
+@cache
 def some_votes_on_d(steps):
     """The probability of D if a hundredth of the votes compare it with A."""
     names, p = names_of_programs(), sigmoid(2)
