@@ -65,9 +65,10 @@ def sample_steps(model, rows, max_new_tokens: int, eos_id: int, chooser):
     """
     device, context = model.lm_head.weight.device, model.config.max_position_embeddings
     room = [min(max_new_tokens, context - len(row)) for row in rows]  # for each answer, in tokens
-    answers, going = [[] for _ in rows], [i for i, tokens in enumerate(room) if tokens > 0]
-    if not going:
+    most = max(room)
+    if most <= 0:
         return
+    answers, going = [[] for _ in rows], [i for i, tokens in enumerate(room) if tokens > 0]
     cache = [Cache() for _ in range(model.config.num_hidden_layers)]
     prompts = [rows[i] for i in going]
     lengths = torch.tensor([len(row) for row in prompts], device=device)  # [R], of those going on
@@ -75,16 +76,15 @@ def sample_steps(model, rows, max_new_tokens: int, eos_id: int, chooser):
     seen = torch.arange(tokens.shape[1], device=device) < lengths[:, None]  # [R, T]
     hidden = model.hidden(tokens, cache=cache)  # [R, T, D]
     hidden = hidden[torch.arange(len(prompts), device=device), lengths - 1]  # [R, D]
-    for step in range(max(room)):
-        progress.show(f"sampling {len(rows)} answers", step, max(room), "tokens at most")
+    for step in range(most):
+        progress.show(f"sampling {len(rows)} answers", step, most, "tokens at most")
         logits = torch.zeros(len(rows), model.config.vocab_size)  # [B, V]
         logits[going] = model.lm_head(hidden).float().cpu()
         chosen = chooser(logits)[going]  # [R]
         for i, token in zip(going, chosen.tolist(), strict=True):
             answers[i].append(token)
         yield answers
-        ended = [answers[i][-1] == eos_id or len(answers[i]) == room[i] for i in going]
-        on = [at for at, end in enumerate(ended) if not end]
+        on = [at for at, i in enumerate(going) if answers[i][-1] != eos_id and step + 1 < room[i]]
         if not on:
             break
         if len(on) < len(going):

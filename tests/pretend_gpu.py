@@ -19,6 +19,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -224,7 +225,7 @@ def tell_torch():
         return
     module = SimpleNamespace(**vars(BACKEND), get_amp_supported_dtype=lambda: [torch.bfloat16])
     register(PretendGPU.name.split(":")[0], backend_module=module)
-    library = torch.library.Library("aten", "IMPL")
-    library.impl("scaled_dot_product_attention", attention, "AutogradPrivateUse1")
-    library.impl("silu_backward", silu_backward, "PrivateUse1")
-    told.append(library)
+    kernels = library.Library("aten", "IMPL")
+    kernels.impl("scaled_dot_product_attention", attention, "AutogradPrivateUse1")
+    kernels.impl("silu_backward", silu_backward, "PrivateUse1")
+    told.append(kernels)

@@ -14,7 +14,7 @@ from test_train import STEPS, command, metrics, refuse, write_rows
 from dpo_minimal import InputError
 from dpo_minimal.checkpoint import load_llama, save_llama
 from dpo_minimal.data import encode_example, encode_pair
-from dpo_minimal.extras import ask, report
+from dpo_minimal.extras import ask
 from dpo_minimal.extras.reuse import FIXED
 from dpo_minimal.formats import chat
 from dpo_minimal.formats.chat import QA_JINJA, find_template, write_template
@@ -234,11 +234,7 @@ def data(tmp_path_factory):
 def chat_run(tmp_path_factory, chat_model, data):
     """The folder of a run on them, with a chat template and no word about it."""
     out = tmp_path_factory.mktemp("runs") / "chat"
-    with pytest.MonkeyPatch.context() as patch:
-        compare = report.compare
-        short = {"max_new_tokens": 4}  # whatever train.py asks for
-        patch.setattr(report, "compare", lambda *a, **options: compare(*a, **options | short))
-        command("--model", chat_model, "--data", data, *STEPS, "--out", out)
+    command("--model", chat_model, "--data", data, *STEPS, "--out", out)
     return out
 
 

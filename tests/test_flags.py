@@ -101,7 +101,7 @@ class Recorder:
 
     def compare(self, right, model, tokenizer, questions, **options):
         self.compared = options
-        return right(model, tokenizer, questions, **options | {"max_new_tokens": 8})
+        return right(model, tokenizer, questions, **options)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """What to check before a run trains anything, and what to tell before each stage."""
 
+import math
+
 import torch
 
 from dpo_minimal import InputError
@@ -141,11 +143,8 @@ def recomputes(run, model, stage, examples, settings) -> bool:
 
 
 def some_of(examples) -> list:
-    """Some SAMPLE to 2 SAMPLE examples from everywhere, or all: those that fit.
-
-    InputError if none does.
-    """
-    indices = range(0, len(examples), max(1, len(examples) // SAMPLE))
+    """At most SAMPLE examples, from everywhere: those that fit. InputError if none does."""
+    indices = range(0, len(examples), math.ceil(len(examples) / SAMPLE))
     some = [e for e in (examples[i] for i in indices) if e is not None]
     if not some:
         raise InputError(f"all {len(indices)} examples looked at are longer than --max-length")

@@ -62,9 +62,10 @@ class SamplingLinear(nn.Module):
         rows = x.reshape(-1, x.shape[-1])  # [R, in]
         if not turned_is_faster(rows):
             return F.linear(x, self.weight)
-        more = -len(rows) % 4 if len(rows) > 12 else 0  # 23 rows take longer than 24
-        padded = F.pad(rows, (0, 0, 0, more))  # [R + more, in]
-        y = (self.weight @ padded.t()).t()[: len(rows)]  # [R, out]
+        R = len(rows)
+        if R > 12 and R % 4:  # 23 rows take longer than 24
+            rows = F.pad(rows, (0, 0, 0, -R % 4))  # zeros behind the others
+        y = (self.weight @ rows.t()).t()[:R]  # [R, out]
         return y.reshape(*x.shape[:-1], -1)
 
 
